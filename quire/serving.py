@@ -1,0 +1,274 @@
+"""What every gRPC server of Quire shares: errors, addresses, health, reflection, clean ends."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import secrets
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from quire.errors import InternalError, QuireError
+from quire.rpc_status import to_status
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_UNIX_PATH_BYTES = 107
+UNIX_PREFIX = "unix:"
+PROBE_SERVICES = ("", "startup", "liveness", "readiness")
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+_SERVER_OPTIONS = (
+    *CHANNEL_OPTIONS,
+    # Two servers must never share a port without a word.
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+)
+
+_logger = structlog.get_logger()
+
+
+class StartupError(Exception):
+    """A process cannot start. The message is one line and is all that the user sees."""
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Turns exceptions of handlers into statuses, so that no handler speaks of codes.
+
+    A `QuireError` becomes its own status; anything else is logged under a random id and becomes INTERNAL with that id,
+    so that no trace leaves the process.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+        ],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        """The handler of the call, wrapped."""
+        handler = await continuation(handler_call_details)
+        # Health and reflection bring handlers of their own; an unknown method has none.
+        if handler is None or not handler_call_details.method.startswith("/quire."):
+            return handler
+        if handler.response_streaming:
+            return _wrap_streaming(handler, handler_call_details.method)
+        return grpc.unary_unary_rpc_method_handler(
+            _guard_unary(handler.unary_unary, handler_call_details.method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _wrap_streaming(
+    handler: grpc.RpcMethodHandler[Any, Any], method: str
+) -> grpc.RpcMethodHandler[Any, Any]:
+    if handler.request_streaming:
+        return grpc.stream_stream_rpc_method_handler(
+            _guard_stream(handler.stream_stream, method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+    return grpc.unary_stream_rpc_method_handler(
+        _guard_stream(handler.unary_stream, method),
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def _guard_unary(behavior: Any, method: str) -> Any:  # noqa: ANN401 -- grpc's own handler types are untyped callables
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ANN401 -- as above
+        try:
+            return await behavior(request, context)
+        except Exception as error:  # noqa: BLE001 -- the one place that turns exceptions into statuses
+            await _abort(context, error, method)
+
+    return guarded
+
+
+def _guard_stream(behavior: Any, method: str) -> Any:  # noqa: ANN401 -- grpc's own handler types are untyped callables
+    async def guarded(
+        request: Any,  # noqa: ANN401 -- as above
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[Any]:
+        responses = behavior(request, context)
+        try:
+            async for response in responses:
+                yield response
+        except Exception as error:  # noqa: BLE001 -- the one place that turns exceptions into statuses
+            await _abort(context, error, method)
+        finally:
+            await responses.aclose()
+
+    return guarded
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str
+) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if not isinstance(error, QuireError):
+        error = _internal(error, method)
+    status = to_status(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def _internal(error: Exception, method: str) -> InternalError:
+    error_id = secrets.token_hex(8)
+    _logger.error("call_failed", method=method, error_id=error_id, exc_info=error)
+    return InternalError(
+        f"internal error; the service's log has it under {error_id}",
+        metadata={"error_id": error_id},
+    )
+
+
+def create_server(*, max_concurrent_rpcs: int | None = None) -> grpc.aio.Server:
+    """A server with our limits and error handling; not bound, not started."""
+    return grpc.aio.server(
+        interceptors=(ErrorInterceptor(),),
+        options=_SERVER_OPTIONS,
+        maximum_concurrent_rpcs=max_concurrent_rpcs,
+    )
+
+
+def bind(server: grpc.aio.Server, address: str) -> str:
+    """Listen on `address` and return it with the port that was given out.
+
+    Args:
+        server: a server that was not started.
+        address: "host:port" (port 0: any free one) or "unix:/path".
+
+    Raises:
+        StartupError: when the address is taken or malformed.
+    """
+    if address.startswith(UNIX_PREFIX):
+        claim_unix_path(Path(address.removeprefix(UNIX_PREFIX)))
+    else:
+        check_port_is_free(address)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        message = f"cannot listen on {address}: {_last_line(error)}"
+        raise StartupError(message) from error
+    if address.startswith(UNIX_PREFIX):
+        Path(address.removeprefix(UNIX_PREFIX)).chmod(0o600)
+        return address
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def check_port_is_free(address: str) -> None:
+    """Raise `StartupError` in words when "host:port" cannot be listened on: gRPC's own error is a page long."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not port.isdigit():
+        message = f"cannot listen on {address!r}: write host:port or unix:/path"
+        raise StartupError(message)
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except (OSError, OverflowError) as error:
+        message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
+        raise StartupError(message) from error
+
+
+def claim_unix_path(path: Path) -> None:
+    """Make `path` free for a new Unix socket: take the lock beside it and remove what a dead owner left.
+
+    gRPC would take the path from a living server without an error. The lock lasts until the process ends.
+
+    Raises:
+        StartupError: when the path is too long, its folder is missing, or a living process holds it.
+    """
+    if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
+        message = f"socket path {path} has more than {MAX_UNIX_PATH_BYTES} bytes; choose a shorter folder"
+        raise StartupError(message)
+    try:
+        lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"cannot listen on {UNIX_PREFIX}{path}: another process does"
+        raise StartupError(message) from error
+    except OSError as error:
+        message = f"cannot listen on {UNIX_PREFIX}{path}: {error.strerror}"
+        raise StartupError(message) from error
+    path.unlink(missing_ok=True)
+
+
+def release_unix_path(address: str) -> None:
+    """Remove the socket and the lock file of a Unix address that this process held; others are left alone."""
+    if address.startswith(UNIX_PREFIX):
+        path = Path(address.removeprefix(UNIX_PREFIX))
+        path.unlink(missing_ok=True)
+        path.with_name(path.name + ".lock").unlink(missing_ok=True)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1]
+
+
+class HealthReporter:
+    """`grpc.health.v1` for Kubernetes probes and load balancers, with reflection beside it.
+
+    "startup" and "liveness" answer SERVING as soon as the server runs; "", "readiness" and every service of ours only
+    while `set_serving(True)` holds.
+    """
+
+    def __init__(self) -> None:
+        self._servicer = health.aio.HealthServicer()
+        self._services: tuple[str, ...] = ("", "readiness")
+
+    async def add_to(self, server: grpc.aio.Server, service_names: Iterable[str]) -> None:
+        """Register health and reflection on `server` for the full names of its services."""
+        names = tuple(service_names)
+        self._services = ("", "readiness", *names)
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        reflection.enable_server_reflection(
+            (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+        )
+        for name in ("startup", "liveness"):
+            await self._servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self.set_serving(serving=False)
+
+    async def set_serving(self, *, serving: bool) -> None:
+        """Say whether calls are welcome."""
+        status = health_pb2.HealthCheckResponse.SERVING
+        if not serving:
+            status = health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._services:
+            await self._servicer.set(name, status)
+
+
+def install_stop_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Set `stop` at SIGTERM and SIGINT. Call it on the main thread, where `loop` runs."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+
+async def serve_until_stopped(
+    server: grpc.aio.Server, reporter: HealthReporter, stop: asyncio.Event, grace_s: float
+) -> None:
+    """Wait for `stop`, turn readiness off, then let running calls finish for at most `grace_s` seconds."""
+    await stop.wait()
+    with suppress(asyncio.CancelledError):
+        await reporter.set_serving(serving=False)
+    await server.stop(grace_s)
