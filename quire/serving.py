@@ -59,10 +59,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def intercept_service(
         self,
         continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]
+            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
         ],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
         """The handler of the call, wrapped."""
         handler = await continuation(handler_call_details)
         # Health and reflection bring handlers of their own; an unknown method has none.
@@ -200,10 +200,14 @@ def claim_unix_path(path: Path) -> None:
         StartupError: when the path is too long, its folder is missing, or a living process holds it.
     """
     if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
-        message = f"socket path {path} has more than {MAX_UNIX_PATH_BYTES} bytes; choose a shorter folder"
+        message = (
+            f"socket path {path} has more than {MAX_UNIX_PATH_BYTES} bytes; choose a shorter folder"
+        )
         raise StartupError(message)
     try:
-        lock = os.open(path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        lock = os.open(
+            path.with_name(path.name + ".lock"), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600
+        )
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         message = f"cannot listen on {UNIX_PREFIX}{path}: another process does"

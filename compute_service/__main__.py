@@ -1,0 +1,129 @@
+"""`python -m compute_service`: the compute service as a process.
+
+The engine has the main thread: torch's OpenMP runtime slows down when parallel regions begin on a second one. gRPC's loop
+has a side thread.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+import torch
+
+from compute_service.clients import AttachedPool, PoolIdentity, attach_pool
+from compute_service.engine import Engine
+from compute_service.forward import ForwardPass
+from compute_service.kv_pool import KvPool, map_pool
+from compute_service.model_loader import LoadedModel, ModelRefused, load_model
+from compute_service.server_thread import ServerThread
+from compute_service.servicer import ComputeServicer
+from kernels.launcher import Kernels
+from quire import demo_model, logs
+from quire.descriptor import DescriptorRefusedError
+from quire.errors import QuireError
+from quire.serving import StartupError
+from quire.settings import ComputeSettings, load
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_DEMO = "demo"
+
+_logger = structlog.get_logger()
+
+
+class _StoppedWhileLoading(BaseException):
+    """SIGTERM or SIGINT before there was an engine to stop."""
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; the process's exit status."""
+    settings = load(ComputeSettings, sys.argv[1:], prog="quire compute")
+    logs.configure(settings.log_level, settings.log_format, "compute")
+    _at_stop(_raise_stopped)
+    try:
+        _serve(settings)
+    except _StoppedWhileLoading:
+        return 0
+    except (StartupError, QuireError, ModelRefused, DescriptorRefusedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _serve(settings: ComputeSettings) -> None:
+    servicer = ComputeServicer()
+    server = ServerThread(servicer, settings.listen)
+    server.start()
+    try:
+        engine, pool = _make_engine(settings, servicer)
+        _at_stop(lambda _number, _frame: engine.stop())
+        server.set_serving(serving=True)
+        _logger.info("serving", addresses=server.addresses)
+        engine.run()
+        pool.close()
+    finally:
+        server.stop()
+
+
+def _make_engine(settings: ComputeSettings, servicer: ComputeServicer) -> tuple[Engine, KvPool]:
+    started = time.monotonic()
+    device = torch.device(settings.device)
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    loaded = load_model(
+        str(demo_model.path()) if settings.model == _DEMO else settings.model,
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        trust_remote_code=settings.trust_remote_code,
+        device=settings.device,
+    )
+    _logger.info("model_loaded", seconds=round(time.monotonic() - started, 1))
+    attached = _attach(settings, loaded)
+    pool = map_pool(attached, loaded.layers, loaded.dtype, settings.block_size)
+    kernels = Kernels.for_device(device)
+    forward = ForwardPass(loaded, kernels, pool.caches)
+    engine = Engine(forward, kernels, pool.caches, settings.block_size, device)
+    _warm_up(kernels, loaded)
+    servicer.serve(engine, loaded, attached)
+    return engine, pool
+
+
+def _attach(settings: ComputeSettings, loaded: LoadedModel) -> AttachedPool:
+    identity = PoolIdentity(
+        loaded.layers,
+        str(loaded.dtype).removeprefix("torch."),
+        settings.block_size,
+        loaded.fingerprint,
+    )
+    attached = attach_pool(settings.memory_address, identity, loaded.max_model_len)
+    _logger.info(
+        "pool_attached",
+        pool_id=attached.pool_id,
+        num_blocks=attached.num_blocks,
+        warm=attached.warm,
+    )
+    return attached
+
+
+def _warm_up(kernels: Kernels, loaded: LoadedModel) -> None:
+    """Compile kernels before readiness: the first request must not wait seconds for it."""
+    for layer in set(loaded.layers):
+        kernels.warm_up(loaded.dtype, layer.k_head_dim, layer.v_head_dim)
+
+
+def _at_stop(handler: object) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def _raise_stopped(_number: int, _frame: FrameType | None) -> None:
+    raise _StoppedWhileLoading
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Fetch the pool's file descriptor from the memory service: one ticket, one line, one descriptor.
+
+Both sides speak this over a Unix stream socket: the caller sends its ticket and a newline; the answer is `OK` and a
+newline with the descriptor attached (SCM_RIGHTS), or one line that says why not. The caller then keeps the socket open:
+its end tells the memory service that the writer may be gone.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from array import array
+from dataclasses import dataclass
+from typing import Final
+
+OK: Final = "OK"
+MAX_LINE_BYTES: Final = 1024
+_UCRED: Final = struct.Struct("3i")  # pid, uid, gid
+
+
+class DescriptorRefusedError(Exception):
+    """The memory service did not hand the descriptor out; the message says why."""
+
+
+@dataclass(slots=True)
+class PoolDescriptor:
+    """The pool's bytes, as an open file, and the socket that says the writer lives.
+
+    Both are the holder's to close. Closing `lifeline` gives up the right to write.
+    """
+
+    fd: int  # readable and writable, close-on-exec; map it shared
+    lifeline: socket.socket  # reads end of file when the memory service is gone
+
+    def close(self) -> None:
+        """Close the descriptor and stop being the writer. Mappings of the descriptor stay valid."""
+        os.close(self.fd)
+        self.lifeline.close()
+
+
+def fetch_descriptor(path: str, ticket: str, *, timeout_s: float = 10.0) -> PoolDescriptor:
+    """Trade `ticket` for the pool's descriptor at the descriptor socket `path`.
+
+    Raises:
+        DescriptorRefusedError: the socket is not there or is another user's, or the ticket is unknown, used or late.
+    """
+    lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        lifeline.settimeout(timeout_s)
+        lifeline.connect(path)
+        _check_owner(lifeline, path)
+        lifeline.sendall(ticket.encode() + b"\n")
+        fd = _receive(lifeline)
+        lifeline.settimeout(None)
+    except OSError as error:
+        lifeline.close()
+        message = f"descriptor socket {path}: {error.strerror or error}"
+        raise DescriptorRefusedError(message) from error
+    except DescriptorRefusedError:
+        lifeline.close()
+        raise
+    return PoolDescriptor(fd, lifeline)
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """User id of the process at the other end of a Unix socket, as the kernel saw it connect or listen."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    return int(_UCRED.unpack(raw)[1])
+
+
+def _check_owner(lifeline: socket.socket, path: str) -> None:
+    uid = peer_uid(lifeline)
+    if uid != os.geteuid():
+        message = f"descriptor socket {path} belongs to user {uid}, this process to {os.geteuid()}"
+        raise DescriptorRefusedError(message)
+
+
+def _receive(lifeline: socket.socket) -> int:
+    descriptors = array("i")
+    data, ancillary, _, _ = lifeline.recvmsg(
+        MAX_LINE_BYTES, socket.CMSG_SPACE(descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            descriptors.frombytes(payload)
+    if not descriptors:
+        message = data.decode(errors="replace").strip() or "the memory service closed the connection"
+        raise DescriptorRefusedError(message)
+    return descriptors[0]

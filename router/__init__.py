@@ -1,0 +1,1 @@
+"""The router: requests, scheduling policy, text and client streams."""

@@ -1,0 +1,87 @@
+"""`python -m router`: the router as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import structlog
+
+from protos.router.v1 import router_pb2_grpc
+from quire import logs, serving
+from quire.settings import RouterSettings, load
+from router.node import Node
+from router.servicer import RouterServicer
+
+if TYPE_CHECKING:
+    import grpc
+
+_SERVICE = "quire.router.v1.RouterService"
+
+_logger = structlog.get_logger()
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; the process's exit status."""
+    settings = load(RouterSettings, sys.argv[1:], prog="quire router")
+    logs.configure(settings.log_level, settings.log_format, "router")
+    try:
+        asyncio.run(_serve(settings))
+    except serving.StartupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(settings: RouterSettings) -> None:
+    stop = asyncio.Event()
+    serving.install_stop_signals(asyncio.get_running_loop(), stop)
+    # The addresses are claimed before anything is waited for: a taken port shows at once.
+    server = serving.create_server()
+    addresses = [serving.bind(server, address) for address in settings.listen]
+    try:
+        await _serve_node(settings, server, addresses, stop)
+    finally:
+        for address in addresses:
+            serving.release_unix_path(address)
+
+
+async def _serve_node(
+    settings: RouterSettings, server: grpc.aio.Server, addresses: list[str], stop: asyncio.Event
+) -> None:
+    node = await _connect_or_stop(settings, stop)
+    if node is None:
+        return
+    reporter = serving.HealthReporter()
+    router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(node), server)
+    await reporter.add_to(server, [_SERVICE])
+    await server.start()
+    steps = asyncio.create_task(node.run())
+    steps.add_done_callback(lambda _: stop.set())
+    await reporter.set_serving(serving=True)
+    _logger.info("serving", addresses=addresses, model=node.served_model_name)
+    await stop.wait()
+    await reporter.set_serving(serving=False)
+    await node.drain(settings.shutdown_grace_s)
+    await server.stop(grace=1.0)
+    steps.cancel()
+    with suppress(asyncio.CancelledError):
+        await steps
+    await node.close()
+
+
+async def _connect_or_stop(settings: RouterSettings, stop: asyncio.Event) -> Node | None:
+    connecting = asyncio.create_task(Node.connect(settings))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({connecting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not connecting.done():
+        connecting.cancel()
+        return None
+    return connecting.result()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

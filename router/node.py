@@ -1,0 +1,134 @@
+"""A node: one memory service and one compute service, driven by this router."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import structlog
+
+from quire.errors import QuireError
+from router.chat_template import ChatTemplate
+from router.clients import ComputeClient, MemoryClient
+from router.intake import Intake, IntakeLimits
+from router.ordered_stream import StreamLost
+from router.scheduler import Scheduler, SchedulerLimits
+from router.step_loop import StepLoop
+from router.tokenizer import ModelTokenizer
+
+if TYPE_CHECKING:
+    from quire.settings import RouterSettings
+    from router.clients import ServedModel, SessionTerms
+    from router.request import Request
+
+_CONNECT_WAIT_S = 0.1
+_DRAIN_POLL_S = 0.02
+
+_logger = structlog.get_logger()
+
+
+class Node:
+    """Everything that the servicer needs, once both services answered."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        memory: MemoryClient,
+        compute: ComputeClient,
+        model: ServedModel,
+        terms: SessionTerms,
+    ) -> None:
+        self.model = model
+        self.served_model_name = settings.served_model_name or model.folder.name
+        self.tokenizer = ModelTokenizer(model.folder)
+        self.chat_template = ChatTemplate.load(model.folder)
+        self.intake = Intake(_intake_limits(settings, model, terms), self.tokenizer)
+        self.is_draining = False
+        self._memory = memory
+        self._compute = compute
+        self._scheduler = Scheduler(_scheduler_limits(settings, terms))
+        self._loop = StepLoop(self._scheduler, memory, compute)
+
+    @classmethod
+    async def connect(cls, settings: RouterSettings) -> Node:
+        """Wait until both services answer, then open the session and the stream of steps."""
+        memory = MemoryClient(
+            settings.memory_address, f"router-{secrets.token_hex(4)}", settings.max_num_seqs
+        )
+        compute = ComputeClient(settings.compute_address)
+        while True:
+            try:
+                model = await compute.get_model()
+                terms = await memory.open_session(model)
+                await compute.open_steps(memory.session_id, terms.generation, model.pool_id)
+            except (QuireError, StreamLost) as error:
+                _logger.debug("not_connected_yet", reason=str(error))
+                await asyncio.sleep(_CONNECT_WAIT_S)
+            else:
+                return cls(settings, memory, compute, model, terms)
+
+    @property
+    def is_connected(self) -> asyncio.Event:
+        """Set while both streams stand."""
+        return self._loop.is_connected
+
+    async def run(self) -> None:
+        """Run steps until cancelled."""
+        await self._loop.run()
+
+    def add(self, request: Request) -> None:
+        """Let `request` wait for its turn; raises RequestIdInUse or QueueFull."""
+        self._scheduler.add(request)
+        self._loop.wake()
+
+    def find(self, request_id: str) -> Request:
+        """The live request with this id; raises RequestNotFound."""
+        return self._scheduler.requests.get(request_id)
+
+    def abort(self, request: Request) -> None:
+        """End `request` if it is live."""
+        self._scheduler.abort(request)
+        self._loop.wake()
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no more requests, let the live ones end for `grace_s` seconds, then cancel them."""
+        self.is_draining = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._until_idle(), grace_s)
+        for request in self._scheduler.requests:
+            self.abort(request)
+
+    async def _until_idle(self) -> None:
+        while self._scheduler.requests:
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    async def close(self) -> None:
+        """End both streams; memory releases what is still held."""
+        with suppress(QuireError, StreamLost):
+            await self._compute.close()
+            await self._memory.close()
+
+
+def _intake_limits(
+    settings: RouterSettings, model: ServedModel, terms: SessionTerms
+) -> IntakeLimits:
+    return IntakeLimits(
+        vocab_size=model.vocab_size,
+        max_model_len=model.max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        block_size=terms.block_size,
+        num_blocks=terms.num_blocks,
+        max_num_seqs=settings.max_num_seqs,
+    )
+
+
+def _scheduler_limits(settings: RouterSettings, terms: SessionTerms) -> SchedulerLimits:
+    return SchedulerLimits(
+        block_size=terms.block_size,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        watermark_blocks=int(settings.watermark * terms.num_blocks),
+        queue_limit=settings.queue_limit,
+    )

@@ -1,0 +1,268 @@
+"""A request and its sequences: the router's central nouns."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from quire.errors import QuireError
+    from router.sampling_params import SamplingParams, StoppingCriteria
+    from router.step import TokenLogprobs
+    from router.stop_strings import StopMatch
+    from router.text_output import OutputDelta, TextOutput
+
+NO_ROW = -1
+
+if sys.byteorder != "little":
+    message = "token ids travel as little-endian int32; this machine is big-endian"
+    raise ImportError(message)
+
+
+class FinishReason(Enum):
+    """Why a sample ended."""
+
+    STOP = 1
+    LENGTH = 2
+    CANCELLED = 3
+    ERROR = 4
+
+
+class SequenceState(Enum):
+    """Where a sequence is."""
+
+    WAITING = 1  # holds no row
+    RUNNING = 2  # holds a row and blocks
+    FINISHED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of one sample."""
+
+    sample_index: int
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    matched: str | int | None = None  # the stop string or stop token that ended it
+
+
+class Sink(Protocol):
+    """Where the events of a request go."""
+
+    def delta(self, sample_index: int, delta: OutputDelta) -> None:
+        """New output of one sample."""
+
+    def finished(self, finish: Finish) -> None:
+        """The end of one sample."""
+
+    def failed(self, error: QuireError) -> None:
+        """The end of the request by an error."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What a client asked for, with all defaults filled in."""
+
+    request_id: str
+    prompt_token_ids: array[int]  # type "i"
+    sampling: SamplingParams
+    stopping: StoppingCriteria
+    seed: int
+    max_tokens: int
+    end_token_ids: frozenset[int]  # the model's own (unless ignored) and the request's
+    eos_token_ids: frozenset[int]  # among them, the model's own
+    priority: int
+    sink: Sink
+    new_output: Callable[[], TextOutput]
+    arrival: int = 0  # number given by the scheduler; order among equals
+    num_cached_tokens: int = -1  # -1: never admitted
+    sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
+    num_finished: int = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Samples asked for."""
+        return self.sampling.num_samples
+
+    @property
+    def is_finished(self) -> bool:
+        """True when every sample has ended."""
+        return self.num_finished == self.num_samples
+
+    @property
+    def suppressed_token_ids(self) -> tuple[int, ...]:
+        """Tokens that cannot be sampled before min_tokens."""
+        return tuple(sorted(self.end_token_ids)) if self.stopping.min_tokens else ()
+
+    def finish_sample(
+        self, sample_index: int, reason: FinishReason, *, matched: str | int | None = None
+    ) -> None:
+        """Tell the sink that a sample ended; it may not have begun."""
+        self.num_finished += 1
+        sequence = self.sequences.get(sample_index)
+        self.sink.finished(
+            Finish(
+                sample_index,
+                reason,
+                num_prompt_tokens=len(self.prompt_token_ids),
+                num_output_tokens=sequence.num_output_tokens if sequence else 0,
+                num_cached_tokens=max(0, self.num_cached_tokens),
+                matched=matched,
+            )
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One token stream.
+
+    `[0, num_computed_tokens)` has keys and values that compute acknowledged; the next `num_in_flight_tokens` are in steps
+    not yet acknowledged; `num_pending_tokens` more tokens than `token_ids` holds are being sampled on the device.
+    """
+
+    request: Request
+    sample_index: int
+    token_ids: array[int]  # type "i": prompt, then output
+    output: TextOutput
+    state: SequenceState = SequenceState.WAITING
+    row: int = NO_ROW
+    incarnation: int = 0  # rises with every admission
+    num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    num_pending_tokens: int = 0
+    num_committed_tokens: int = 0  # of the computed, those that memory was told of
+    block_table: list[int] = field(default_factory=list)
+    has_forked: bool = False  # the prompt was sampled: the siblings, if any, exist
+
+    @property
+    def sequence_id(self) -> str:
+        """Id for people."""
+        return f"{self.request.request_id}/{self.sample_index}"
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_tokens_to_run(self) -> int:
+        """The one scheduling rule: (known + pending) - (computed + in flight)."""
+        known = len(self.token_ids) + self.num_pending_tokens
+        return known - self.num_computed_tokens - self.num_in_flight_tokens
+
+    @property
+    def next_position(self) -> int:
+        """First position that the next step runs."""
+        return self.num_computed_tokens + self.num_in_flight_tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows that this sequence will need: its own, and those of siblings that are not forked yet."""
+        return 1 if self.has_forked else self.request.num_samples
+
+    @property
+    def samples_to_draw(self) -> range:
+        """Samples that the last known position is sampled for: all of them when the prompt ends there."""
+        if self.has_forked:
+            return range(self.sample_index, self.sample_index + 1)
+        return range(self.request.num_samples)
+
+    @property
+    def urgency(self) -> tuple[int, int, int]:
+        """Sorts the most urgent first."""
+        return (self.request.priority, self.request.arrival, self.sample_index)
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
+        """Add a sampled token; what it completes goes to the sink. It may end the sequence."""
+        self.token_ids.append(token_id)
+        reason, matched = self._accept(token_id, logprobs)
+        if reason is not None and not isinstance(matched, str):
+            self.output.finish()
+        self._publish()
+        if reason is not None:
+            self.finish(reason, matched=matched)
+
+    def _publish(self) -> None:
+        delta = self.output.take()
+        if delta is not None:
+            self.request.sink.delta(self.sample_index, delta)
+
+    def _accept(
+        self, token_id: int, logprobs: TokenLogprobs | None
+    ) -> tuple[FinishReason | None, str | int | None]:
+        request = self.request
+        if token_id in request.end_token_ids:
+            self.output.append_silent(token_id, logprobs)
+            return FinishReason.STOP, None if token_id in request.eos_token_ids else token_id
+        may_stop = self.num_output_tokens >= request.stopping.min_tokens
+        match: StopMatch | None = self.output.append(token_id, logprobs, may_stop=may_stop)
+        if match is not None:
+            return FinishReason.STOP, match.stop_string
+        if self.num_output_tokens >= request.max_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
+
+    def cut_off(self, reason: FinishReason) -> None:
+        """End the sequence from outside, with all its output so far."""
+        self.output.finish()
+        self._publish()
+        self.finish(reason)
+
+    def finish(self, reason: FinishReason, *, matched: str | int | None = None) -> None:
+        """End the sequence and tell the sink."""
+        self.state = SequenceState.FINISHED
+        self.request.finish_sample(self.sample_index, reason, matched=matched)
+
+    def fork(self, sample_index: int) -> Sequence:
+        """The sibling `sample_index`, sharing all computed tokens."""
+        child = Sequence(
+            self.request,
+            sample_index,
+            array("i", self.request.prompt_token_ids),
+            self.request.new_output(),
+            num_computed_tokens=self.num_computed_tokens,
+            num_committed_tokens=self.num_computed_tokens,
+            has_forked=True,
+        )
+        self.request.sequences[sample_index] = child
+        return child
+
+    def begin(self, block_table: list[int], num_cached_tokens: int) -> None:
+        """Memory admitted the sequence and found its first tokens in the prefix cache."""
+        self.block_table = block_table
+        self.num_computed_tokens = self.num_committed_tokens = num_cached_tokens
+        if self.request.num_cached_tokens < 0:
+            self.request.num_cached_tokens = num_cached_tokens
+
+    def roll_back(self) -> None:
+        """Forget steps that were not acknowledged."""
+        self.num_in_flight_tokens = 0
+        self.num_pending_tokens = 0
+
+    def lose_row(self) -> None:
+        """Forget row and blocks: the sequence was preempted."""
+        self.state = SequenceState.WAITING
+        self.row = NO_ROW
+        self.num_computed_tokens = 0
+        self.num_committed_tokens = 0
+        self.roll_back()
+        self.block_table = []
+
+
+def first_sequence(request: Request) -> Sequence:
+    """The sequence that computes the prompt; siblings are forked from it."""
+    sequence = Sequence(request, 0, array("i", request.prompt_token_ids), request.new_output())
+    request.sequences[0] = sequence
+    return sequence

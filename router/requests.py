@@ -1,0 +1,75 @@
+"""The live requests, and those of their sequences that wait."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import TYPE_CHECKING
+
+from quire.errors import QueueFull, RequestIdInUse, RequestNotFound
+from router.request import first_sequence
+from router.waiting_queue import WaitingQueue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from router.request import Request, Sequence
+
+
+class RequestTable:
+    """Requests by id. A request is live from `add` until every sample has ended."""
+
+    def __init__(self, queue_limit: int) -> None:
+        self._queue_limit = queue_limit
+        self._arrivals = count()
+        self._requests: dict[str, Request] = {}
+        self.waiting = WaitingQueue()
+
+    def __len__(self) -> int:
+        """Live requests."""
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        """The live requests, oldest first."""
+        return iter(list(self._requests.values()))
+
+    def is_live(self, request: Request) -> bool:
+        """Whether `request` was added and has not ended."""
+        return self._requests.get(request.request_id) is request
+
+    def get(self, request_id: str) -> Request:
+        """The live request with this id; raises RequestNotFound."""
+        request = self._requests.get(request_id)
+        if request is None:
+            message = f"no live request has the id {request_id!r}; it may have finished"
+            raise RequestNotFound(message, metadata={"request_id": request_id})
+        return request
+
+    def add(self, request: Request) -> None:
+        """Let `request` wait.
+
+        Raises:
+            RequestIdInUse: when a live request has its id.
+            QueueFull: when as many wait as may.
+        """
+        self._check_room(request.request_id)
+        request.arrival = next(self._arrivals)
+        self._requests[request.request_id] = request
+        self.waiting.add(first_sequence(request))
+
+    def _check_room(self, request_id: str) -> None:
+        if request_id in self._requests:
+            message = f"request_id {request_id!r} belongs to a live request; choose another one"
+            raise RequestIdInUse(message, metadata={"request_id": request_id})
+        num_waiting = len(self.waiting)
+        if num_waiting >= self._queue_limit:
+            message = f"{num_waiting} requests wait, {self._queue_limit} are allowed; repeat later"
+            raise QueueFull(
+                message,
+                metadata={"num_waiting": num_waiting, "queue_limit": self._queue_limit},
+                retry_after_s=1.0,
+            )
+
+    def forget_if_finished(self, request: Request) -> None:
+        """Let the id of a request go once every sample has ended."""
+        if request.is_finished:
+            self._requests.pop(request.request_id, None)

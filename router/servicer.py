@@ -1,0 +1,252 @@
+"""The gRPC face of the router."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from protos.router.v1 import router_pb2 as pb
+from protos.router.v1 import router_pb2_grpc
+from quire import __version__
+from quire.errors import FieldViolation, InvalidRequest, NotReady
+from router.intake import Prompt
+from router.output_stream import OutputStream
+from router.request import Finish
+from router.sampling_params import SamplingParams, StoppingCriteria, token_id_violations
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    import grpc
+
+    from router.node import Node
+    from router.request import Request
+    from router.step import TokenLogprobs
+    from router.text_output import OutputDelta
+
+# Tokenizing longer texts would hold up the steps of everybody else; a thread costs 50 microseconds.
+_INLINE_CHARS = 2_000
+
+_LOGIT_BIAS = "logit_bias"
+
+
+class RouterServicer(router_pb2_grpc.RouterServiceServicer):
+    """Implements `quire.router.v1.RouterService`; that file holds the contract."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def Generate(
+        self,
+        request: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse],
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Stream one request."""
+        live, stream = await self._accept(request)
+        with self._aborted_at_exit(live):
+            yield pb.GenerateResponse(accepted=_accepted(live))
+            async for event in stream.events():
+                if isinstance(event, Finish):
+                    yield pb.GenerateResponse(finished=_finished(event))
+                else:
+                    yield pb.GenerateResponse(delta=_delta(*event))
+
+    async def Complete(
+        self,
+        request: pb.CompleteRequest,
+        context: grpc.aio.ServicerContext[pb.CompleteRequest, pb.CompleteResponse],
+    ) -> pb.CompleteResponse:
+        """Answer one request whole."""
+        live, stream = await self._accept(request.request)
+        with self._aborted_at_exit(live):
+            completions = [pb.Completion() for _ in range(live.num_samples)]
+            async for event in stream.events():
+                if isinstance(event, Finish):
+                    completions[event.sample_index].finished.CopyFrom(_finished(event))
+                else:
+                    _extend(completions[event[0]], event[1])
+            return pb.CompleteResponse(
+                request_id=live.request_id, seed=live.seed, completions=completions
+            )
+
+    async def Abort(
+        self,
+        request: pb.AbortRequest,
+        context: grpc.aio.ServicerContext[pb.AbortRequest, pb.AbortResponse],
+    ) -> pb.AbortResponse:
+        """End a live request."""
+        if not request.request_id:
+            raise InvalidRequest.of([FieldViolation("request_id", "is empty")])
+        self._node.abort(self._node.find(request.request_id))
+        return pb.AbortResponse()
+
+    async def Tokenize(
+        self,
+        request: pb.TokenizeRequest,
+        context: grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse],
+    ) -> pb.TokenizeResponse:
+        """Turn a prompt into tokens."""
+        prompt = await self._tokenize(request)
+        return pb.TokenizeResponse(token_ids=prompt.token_ids)
+
+    async def Detokenize(
+        self,
+        request: pb.DetokenizeRequest,
+        context: grpc.aio.ServicerContext[pb.DetokenizeRequest, pb.DetokenizeResponse],
+    ) -> pb.DetokenizeResponse:
+        """Turn tokens into text."""
+        violations = [
+            violation
+            for index, token_id in enumerate(request.token_ids)
+            for violation in token_id_violations(
+                f"token_ids[{index}]", token_id, self._node.model.vocab_size
+            )
+        ]
+        if violations:
+            raise InvalidRequest.of(violations[:1])
+        return pb.DetokenizeResponse(text=self._node.tokenizer.decode(request.token_ids))
+
+    async def GetModel(
+        self,
+        request: pb.GetModelRequest,
+        context: grpc.aio.ServicerContext[pb.GetModelRequest, pb.GetModelResponse],
+    ) -> pb.GetModelResponse:
+        """Describe what is served."""
+        model = self._node.model
+        return pb.GetModelResponse(
+            served_model_name=self._node.served_model_name,
+            architecture=model.architecture,
+            dtype=model.dtype,
+            max_model_len=model.max_model_len,
+            vocab_size=model.vocab_size,
+            eos_token_ids=sorted(model.eos_token_ids),
+            has_chat_template=self._node.chat_template is not None,
+            quire_version=__version__,
+        )
+
+    async def _accept(self, message: pb.GenerateRequest) -> tuple[Request, OutputStream]:
+        if self._node.is_draining:
+            reason = "the router is shutting down; repeat on another one"
+            raise NotReady(reason, retry_after_s=1.0)
+        prompt = await self._prompt(message)
+        sampling = _sampling_params(message.sampling)
+        stream = OutputStream(sampling.num_samples)
+        request = self._node.intake.build(
+            message.request_id,
+            prompt,
+            sampling,
+            _stopping_criteria(message.stopping),
+            message.priority,
+            stream,
+        )
+        self._node.add(request)
+        return request, stream
+
+    async def _prompt(self, message: pb.GenerateRequest) -> Prompt:
+        if message.WhichOneof("prompt") == "tokens":
+            return Prompt(message.tokens.ids, "tokens.ids")
+        return await self._tokenize(message)
+
+    async def _tokenize(self, message: pb.GenerateRequest | pb.TokenizeRequest) -> Prompt:
+        kind = message.WhichOneof("prompt")
+        if kind == "text":
+            return Prompt(await self._encode(message.text, add_special_tokens=True), "text")
+        if kind == "conversation":
+            text = self._render(message.conversation)
+            token_ids = await self._encode(text, add_special_tokens=False)
+            return Prompt(token_ids, "conversation", is_conversation=True)
+        raise InvalidRequest.of([FieldViolation("prompt", "is missing; set one of its fields")])
+
+    def _render(self, conversation: pb.Conversation) -> str:
+        if not conversation.messages:
+            raise InvalidRequest.of([FieldViolation("conversation.messages", "is empty")])
+        template = self._node.chat_template
+        if template is None:
+            reason = "this model has no chat template; send text or tokens"
+            raise InvalidRequest.of([FieldViolation("conversation", reason)])
+        return template.render(
+            [{"role": found.role, "content": found.content} for found in conversation.messages]
+        )
+
+    async def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if not text:
+            return []
+        encode = self._node.tokenizer.encode
+        if len(text) <= _INLINE_CHARS:
+            return encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(encode, text, add_special_tokens=add_special_tokens)
+
+    @contextmanager
+    def _aborted_at_exit(self, request: Request) -> Iterator[None]:
+        """However the call ends (cancelled, past its deadline, or well), the request ends with it."""
+        try:
+            yield
+        finally:
+            self._node.abort(request)
+
+
+def _sampling_params(message: pb.SamplingParams) -> SamplingParams:
+    # ListFields gives what was set: every singular field is optional.
+    given = {field.name: value for field, value in message.ListFields()}
+    given[_LOGIT_BIAS] = tuple((entry.token_id, entry.bias) for entry in message.logit_bias)
+    return SamplingParams(**given)
+
+
+def _stopping_criteria(message: pb.StoppingCriteria) -> StoppingCriteria:
+    return StoppingCriteria(
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
+        min_tokens=message.min_tokens,
+        stop_strings=tuple(message.stop_strings),
+        include_stop_string=message.include_stop_string,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def _accepted(request: Request) -> pb.Accepted:
+    return pb.Accepted(
+        request_id=request.request_id,
+        num_prompt_tokens=len(request.prompt_token_ids),
+        seed=request.seed,
+    )
+
+
+def _delta(sample_index: int, delta: OutputDelta) -> pb.Delta:
+    return pb.Delta(
+        sample_index=sample_index,
+        token_ids=delta.token_ids,
+        text=delta.text,
+        logprobs=[_logprobs(found) for found in delta.logprobs],
+    )
+
+
+def _extend(completion: pb.Completion, delta: OutputDelta) -> None:
+    completion.token_ids.extend(delta.token_ids)
+    completion.text += delta.text
+    completion.logprobs.extend(_logprobs(found) for found in delta.logprobs)
+
+
+def _logprobs(found: TokenLogprobs) -> pb.TokenLogprobs:
+    return pb.TokenLogprobs(
+        token_id=found.token_id,
+        logprob=found.logprob,
+        top=[pb.TokenLogprob(token_id=token, logprob=value) for token, value in found.top],
+    )
+
+
+def _finished(finish: Finish) -> pb.Finished:
+    message = pb.Finished(
+        sample_index=finish.sample_index,
+        finish_reason=pb.FinishReason.ValueType(finish.reason.value),
+        usage=pb.Usage(
+            num_prompt_tokens=finish.num_prompt_tokens,
+            num_output_tokens=finish.num_output_tokens,
+            num_cached_tokens=finish.num_cached_tokens,
+        ),
+    )
+    if isinstance(finish.matched, str):
+        message.stop_string = finish.matched
+    elif finish.matched is not None:
+        message.stop_token_id = finish.matched
+    return message

@@ -1,0 +1,121 @@
+"""The hot path: one step after another."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING, Protocol
+
+import structlog
+
+from quire.errors import BrokenContract, QuireError
+from router.ordered_stream import StreamLost
+from router.step import StepFailure
+
+if TYPE_CHECKING:
+    from router.clients import ServedModel, SessionTerms
+    from router.scheduler import Scheduler
+    from router.step import MemoryAnswer, StepBatch, StepPlan, StepResult
+
+# Waiting sequences that memory refuses are offered again at least this often: other sessions free blocks unseen.
+_REFUSED_WAIT_S = 0.01
+_RECONNECT_WAIT_S = 0.2
+
+_logger = structlog.get_logger()
+
+
+class Memory(Protocol):
+    """The session with the memory service."""
+
+    session_id: str
+
+    async def open_session(self, model: ServedModel) -> SessionTerms:
+        """Open or resume the session."""
+
+    async def allocate(self, plan: StepPlan) -> MemoryAnswer:
+        """Ask for what a step needs."""
+
+
+class Compute(Protocol):
+    """The stream of steps to the compute service."""
+
+    async def get_model(self) -> ServedModel:
+        """What is served."""
+
+    async def open_steps(self, session_id: str, generation: int, pool_id: str) -> None:
+        """Open a stream for the steps of a session generation."""
+
+    async def execute(self, batch: StepBatch) -> StepResult | StepFailure:
+        """Run a step."""
+
+
+class StepLoop:
+    """Drives a scheduler against the two services; connects again when one of them went away."""
+
+    def __init__(self, scheduler: Scheduler, memory: Memory, compute: Compute) -> None:
+        self._scheduler = scheduler
+        self._memory = memory
+        self._compute = compute
+        self._wake = asyncio.Event()
+        self.is_connected = asyncio.Event()
+        self.is_connected.set()  # whoever builds the loop has just connected
+
+    def wake(self) -> None:
+        """Requests were added or aborted."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Run steps until cancelled."""
+        while True:
+            self._wake.clear()
+            if not self._scheduler.has_work:
+                await self._wake.wait()
+            try:
+                await self._run_steps()
+            except StreamLost as lost:
+                await self._reconnect(lost)
+
+    async def _run_steps(self) -> None:
+        while self._scheduler.has_work:
+            self._wake.clear()
+            ran = await self.step()
+            if not ran and not self._scheduler.owes_memory:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wake.wait(), _REFUSED_WAIT_S)
+
+    async def step(self) -> bool:
+        """One step; whether it ran anything."""
+        plan = self._scheduler.plan()
+        answer = await self._memory.allocate(plan)
+        batch = self._scheduler.admit(plan, answer)
+        if batch is None:
+            self._scheduler.skip(plan)
+            return False
+        outcome = await self._compute.execute(batch)
+        if isinstance(outcome, StepFailure):
+            _logger.warning("step_failed", step=outcome.step, reason=outcome.message)
+            self._scheduler.fail(batch, outcome)
+        else:
+            self._scheduler.apply(batch, outcome)
+        return True
+
+    async def _reconnect(self, lost: StreamLost) -> None:
+        """Open both streams again; requests wait meanwhile and go on from what memory still has."""
+        self.is_connected.clear()
+        _logger.warning("stream_lost", reason=str(lost))
+        if isinstance(lost.cause, BrokenContract):
+            _logger.error("broken_contract", reason=lost.cause.message, **lost.cause.metadata)
+        while not self.is_connected.is_set():
+            try:
+                await self._connect()
+            except (StreamLost, QuireError) as error:
+                _logger.debug("reconnect_failed", reason=str(error))
+                await asyncio.sleep(_RECONNECT_WAIT_S)
+
+    async def _connect(self) -> None:
+        model = await self._compute.get_model()
+        terms = await self._memory.open_session(model)
+        await self._compute.open_steps(self._memory.session_id, terms.generation, model.pool_id)
+        self._scheduler.session_resumed(terms.held_rows)
+        self.is_connected.set()
+        _logger.info("reconnected", generation=terms.generation, held_rows=len(terms.held_rows))

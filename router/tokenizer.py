@@ -1,0 +1,72 @@
+"""Text to tokens and back, with the `tokenizers` library: `transformers` would bring torch into this process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+# Tokens of the prompt that the decoder sees before the output: enough for the rules about spaces at a beginning.
+_CONTEXT_TOKENS = 8
+_INVALID_PREFIX = "Invalid prefix encountered"
+
+
+class ModelTokenizer:
+    """The tokenizer of one model folder. Thread-safe: long prompts are encoded on other threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # A stored truncation or padding belongs to training, not to serving.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of `text`."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of `token_ids`, special tokens left out."""
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+    def stream(self, prompt_token_ids: Sequence[int]) -> StreamDecoder:
+        """A decoder for the output that follows a prompt."""
+        return StreamDecoder(self._tokenizer, list(prompt_token_ids[-_CONTEXT_TOKENS:]))
+
+
+class StreamDecoder:
+    """Decodes one output token by token; text never ends inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        self._held: list[int] = []
+
+    def step(self, token_id: int) -> str:
+        """Text that `token_id` completes; empty when it ends inside a character or shows nothing."""
+        text = self._step(token_id)
+        if text is None:
+            self._held.append(token_id)
+            return ""
+        self._held = []
+        return text
+
+    def _step(self, token_id: int) -> str | None:
+        try:
+            return self._stream.step(self._tokenizer, token_id)
+        except Exception as error:
+            # The library raises this for some byte sequences that a model may well produce; starting afresh costs at
+            # most the text of the tokens that it held.
+            if not str(error).startswith(_INVALID_PREFIX):
+                raise
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer, token_id)
+
+    def flush(self) -> str:
+        """Text of the tokens held: an unfinished character shows as U+FFFD."""
+        held, self._held = self._held, []
+        return self._tokenizer.decode(held, skip_special_tokens=True) if held else ""
