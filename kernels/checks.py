@@ -17,7 +17,9 @@ def check_attention(
     num_tokens, num_heads, k_head_dim = query.shape
     num_kv_heads = key_cache.shape[2]
     if key_cache.shape[:3] != value_cache.shape[:3]:
-        _fail(f"caches {tuple(key_cache.shape)} and {tuple(value_cache.shape)} differ in blocks or heads")
+        _fail(
+            f"caches {tuple(key_cache.shape)} and {tuple(value_cache.shape)} differ in blocks or heads"
+        )
     if key_cache.shape[3] != k_head_dim:
         _fail(f"queries have head_dim {k_head_dim}, keys {key_cache.shape[3]}")
     if num_heads % num_kv_heads:

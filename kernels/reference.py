@@ -119,9 +119,7 @@ def _attend(
     return weighed.view(num_heads, num_queries, v_head_dim).transpose(0, 1).to(query.dtype)
 
 
-def _hidden(
-    num_queries: int, length: int, sliding_window: int, device: torch.device
-) -> Tensor:
+def _hidden(num_queries: int, length: int, sliding_window: int, device: torch.device) -> Tensor:
     """Which of `length` keys each of the last `num_queries` positions does not see, bool `[q, n]`."""
     keys = torch.arange(length, device=device)
     queries = keys[length - num_queries :, None]

@@ -85,6 +85,8 @@ def _receive(lifeline: socket.socket) -> int:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(payload)
     if not descriptors:
-        message = data.decode(errors="replace").strip() or "the memory service closed the connection"
+        message = (
+            data.decode(errors="replace").strip() or "the memory service closed the connection"
+        )
         raise DescriptorRefusedError(message)
     return descriptors[0]

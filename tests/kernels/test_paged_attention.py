@@ -141,7 +141,9 @@ def test_store_leaves_out_negative_slots() -> None:
 
 def test_copies_of_one_call_read_before_they_write() -> None:
     """A block that is copied onto a source of the same call does not change what that source gives."""
-    caches = [(torch.arange(4.0).view(4, 1, 1, 1).clone(), torch.arange(4.0).view(4, 1, 1, 1).clone())]
+    caches = [
+        (torch.arange(4.0).view(4, 1, 1, 1).clone(), torch.arange(4.0).view(4, 1, 1, 1).clone())
+    ]
     KERNELS.copy_blocks(caches, torch.tensor([1, 2]), torch.tensor([2, 3]))
     assert caches[0][0].flatten().tolist() == [0, 1, 1, 2]
     assert caches[0][1].flatten().tolist() == [0, 1, 1, 2]

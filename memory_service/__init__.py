@@ -1,0 +1,1 @@
+"""The memory service: owner of the KV pool's blocks and bytes."""

@@ -1,0 +1,90 @@
+"""The sequences of one session: a row each, in arrays, so that a step of hundreds of rows needs no loop over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memory_service.block_hash import BlockHash
+    from memory_service.demand import IntArray
+
+_FIRST_WIDTH = 16
+
+
+@dataclass(slots=True)
+class Sequence:
+    """What is known of a sequence beside its table."""
+
+    sequence_id: str
+    request_id: str
+    incarnation: int
+    num_cached_tokens: int
+    admitted_at: float  # seconds of the manager's clock
+    keys: list[BlockHash] = field(default_factory=list)  # of its sealed blocks, in order
+    expected_keys: list[BlockHash] = field(default_factory=list)  # it will fill these next
+
+
+class SequenceTable:
+    """Block tables, their lengths and the acknowledged tokens, by row.
+
+    Table entry i of a row covers tokens `[i * block_size, (i + 1) * block_size)`; entries from `num_blocks[row]` on mean
+    nothing.
+    """
+
+    def __init__(self, max_num_rows: int) -> None:
+        self.max_num_rows = max_num_rows
+        self.num_blocks = np.zeros(max_num_rows, dtype=np.int32)
+        self.num_computed = np.zeros(max_num_rows, dtype=np.int32)
+        self.entries = np.zeros((max_num_rows, _FIRST_WIDTH), dtype=np.int32)
+        self._sequences: dict[int, Sequence] = {}
+
+    def __len__(self) -> int:
+        """Live sequences."""
+        return len(self._sequences)
+
+    def __contains__(self, row: int) -> bool:
+        """Whether a sequence lives in `row`."""
+        return row in self._sequences
+
+    def __getitem__(self, row: int) -> Sequence:
+        """The sequence in `row`."""
+        return self._sequences[row]
+
+    def items(self) -> Iterator[tuple[int, Sequence]]:
+        """Rows with their sequences, by row."""
+        return iter(sorted(self._sequences.items()))
+
+    def add(self, row: int, sequence: Sequence, block_table: IntArray, num_computed: int) -> None:
+        """Let `sequence` live in the unused `row`."""
+        self._sequences[row] = sequence
+        self.num_computed[row] = num_computed
+        self.num_blocks[row] = 0
+        self.append(row, block_table)
+
+    def remove(self, row: int) -> Sequence:
+        """End the sequence in `row`."""
+        self.num_blocks[row] = 0
+        return self._sequences.pop(row)
+
+    def append(self, row: int, block_ids: IntArray | list[int]) -> None:
+        """Let the row's table grow."""
+        begin = int(self.num_blocks[row])
+        end = begin + len(block_ids)
+        if end > self.entries.shape[1]:
+            self._widen(end)
+        self.entries[row, begin:end] = block_ids
+        self.num_blocks[row] = end
+
+    def _widen(self, width: int) -> None:
+        wider = np.zeros((self.max_num_rows, max(width, 2 * self.entries.shape[1])), np.int32)
+        wider[:, : self.entries.shape[1]] = self.entries
+        self.entries = wider
+
+    def block_table(self, row: int) -> IntArray:
+        """The row's table, as a copy."""
+        return self.entries[row, : self.num_blocks[row]].copy()
