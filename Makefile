@@ -1,0 +1,49 @@
+# Every target sets up what it needs; `make help` lists them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+NODE_STAMP := node_modules/.stamp
+# Compiled kernels are kept between runs and shared among test processes.
+export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
+
+.PHONY: help setup check format stubs test clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
+
+setup: $(STAMP) ## make .venv with everything, versions pinned by constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (some minutes the first time)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(NODE_STAMP): package.json package-lock.json
+	@npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
+
+check: $(STAMP) $(NODE_STAMP) ## format, lint, types, import contracts, protos, stale stubs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	node_modules/.bin/buf lint
+	node_modules/.bin/buf breaking --against protos/baseline.binpb
+	$(BIN)/python tools/generate_stubs.py --check
+
+format: $(STAMP) ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+stubs: $(STAMP) ## generate the stubs from the protos
+	$(BIN)/python tools/generate_stubs.py
+
+test: $(STAMP) ## the whole test suite
+	$(BIN)/python -m pytest
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) node_modules .cache build *.egg-info

@@ -1,0 +1,88 @@
+"""Hands the pool's descriptor over a Unix socket and watches the writer through it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import structlog
+
+from quire.descriptor import MAX_LINE_BYTES, OK, peer_uid
+from quire.serving import UNIX_PREFIX, claim_unix_path, release_unix_path
+
+if TYPE_CHECKING:
+    from memory_service.pool_registry import PoolRegistry
+
+_BACKLOG = 8
+_LINE_TIMEOUT_S = 10.0
+
+_logger = structlog.get_logger()
+
+
+class DescriptorServer:
+    """Serves tickets. A connection that fetched the descriptor is the writer's sign of life: its end frees the place."""
+
+    def __init__(self, path: Path, registry: PoolRegistry) -> None:
+        self.path = path
+        self._registry = registry
+        self._socket: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Listen; raises StartupError when the path is taken."""
+        claim_unix_path(self.path)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._socket.bind(str(self.path))
+        self.path.chmod(0o600)
+        self._socket.listen(_BACKLOG)
+        self._spawn(self._accept(self._socket))
+
+    async def close(self) -> None:
+        """End every connection and remove the socket."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._socket is not None:
+            self._socket.close()
+            release_unix_path(f"{UNIX_PREFIX}{self.path}")
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listening)
+            self._spawn(self._serve(connection))
+
+    async def _serve(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError, TimeoutError):
+            refusal = await self._hand_over(connection)
+            if refusal is not None:
+                await asyncio.get_running_loop().sock_sendall(connection, f"{refusal}\n".encode())
+
+    async def _hand_over(self, connection: socket.socket) -> str | None:
+        """Send the descriptor and wait for the end of the writer; or why not."""
+        if peer_uid(connection) != os.geteuid():
+            return "only processes of the memory service's own user get the descriptor"
+        loop = asyncio.get_running_loop()
+        line = await asyncio.wait_for(loop.sock_recv(connection, MAX_LINE_BYTES), _LINE_TIMEOUT_S)
+        fd = self._registry.redeem(line.decode(errors="replace").strip())
+        if fd is None:
+            return "the ticket is unknown, used or too old"
+        writer = self._registry.writer
+        assert writer is not None
+        try:
+            socket.send_fds(connection, [f"{OK}\n".encode()], [fd])
+            while await loop.sock_recv(connection, MAX_LINE_BYTES):
+                pass
+        finally:
+            self._registry.writer_gone(writer.generation)
+            _logger.info("writer_gone", writer_generation=writer.generation)
+        return None
