@@ -1,0 +1,102 @@
+"""`python -m memory_service`: the memory service as a process."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+
+import structlog
+
+from memory_service.descriptor_server import DescriptorServer
+from memory_service.inspection_servicer import InspectionServicer
+from memory_service.integrity import check_integrity
+from memory_service.pool_registry import PoolRegistry
+from memory_service.servicer import MemoryServicer, PoolServicer
+from memory_service.sessions import Sessions
+from protos.memory.v1 import inspection_pb2_grpc, memory_pb2_grpc, pool_pb2_grpc
+from quire import logs, serving
+from quire.errors import NoPool
+from quire.settings import MemorySettings, load
+
+_SERVICES = (
+    "quire.memory.v1.MemoryService",
+    "quire.memory.v1.PoolService",
+    "quire.memory.v1.InspectionService",
+)
+_SWEEP_INTERVAL_S = 0.5
+
+_logger = structlog.get_logger()
+
+
+def main() -> int:
+    """Run until SIGTERM or SIGINT; the process's exit status."""
+    settings = load(MemorySettings, sys.argv[1:], prog="quire memory")
+    logs.configure(settings.log_level, settings.log_format, "memory")
+    try:
+        asyncio.run(_serve(settings))
+    except serving.StartupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(settings: MemorySettings) -> None:
+    stop = asyncio.Event()
+    serving.install_stop_signals(asyncio.get_running_loop(), stop)
+    registry = PoolRegistry(
+        settings.memory_budget,
+        state_dir=settings.state_dir,
+        prefix_cache_enabled=settings.prefix_cache,
+    )
+    sessions = Sessions(
+        registry,
+        clock=time.monotonic,
+        lease_ttl_s=settings.lease_ttl_s,
+        max_num_seqs=settings.max_num_seqs,
+    )
+    server, reporter = serving.create_server(), serving.HealthReporter()
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(registry, sessions), server)
+    pool_pb2_grpc.add_PoolServiceServicer_to_server(
+        PoolServicer(registry, str(settings.descriptor_socket)), server
+    )
+    inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
+        InspectionServicer(registry, sessions), server
+    )
+    descriptors = DescriptorServer(settings.descriptor_socket, registry)
+    addresses = [serving.bind(server, address) for address in settings.listen]
+    try:
+        descriptors.start()
+        await reporter.add_to(server, _SERVICES)
+        await server.start()
+        await reporter.set_serving(serving=True)
+        _logger.info("serving", addresses=addresses)
+        sweeping = asyncio.create_task(_sweep(registry, sessions))
+        await serving.serve_until_stopped(server, reporter, stop, settings.shutdown_grace_s)
+        sweeping.cancel()
+    finally:
+        await descriptors.close()
+        registry.close()
+        for address in addresses:
+            serving.release_unix_path(address)
+
+
+async def _sweep(registry: PoolRegistry, sessions: Sessions) -> None:
+    """End lapsed sessions; when the pool fell idle, verify its books once."""
+    checked = 0
+    while True:
+        await asyncio.sleep(_SWEEP_INTERVAL_S)
+        for session_id in sessions.end_lapsed():
+            _logger.warning("session_lapsed", session_id=session_id)
+        try:
+            manager = registry.pool.manager
+        except NoPool:
+            continue
+        if manager.num_sequences == 0 and manager.revision != checked:
+            checked = manager.revision
+            for finding in check_integrity(manager):
+                _logger.error("integrity", finding=finding)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""The gRPC face of the memory service: sessions and attaching. `memory_service.inspection` shows the pool."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from memory_service.demand import Admit, Fork, StepDemand
+from memory_service.pool_registry import PoolIdentity
+from protos.common.v1 import block_pb2
+from protos.memory.v1 import memory_pb2, memory_pb2_grpc, pool_pb2, pool_pb2_grpc
+from quire.errors import BrokenContract
+from quire.pool_layout import LayerGeometry
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    import grpc
+
+    from memory_service.demand import IntArray, StepAnswer
+    from memory_service.pool_registry import PoolRegistry
+    from memory_service.session import Session
+    from memory_service.sessions import Sessions
+
+_INT32 = np.dtype("<i4")
+
+
+class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
+    """Implements `quire.memory.v1.PoolService`."""
+
+    def __init__(self, registry: PoolRegistry, descriptor_socket: str) -> None:
+        self._registry = registry
+        self._descriptor_socket = descriptor_socket
+
+    async def AttachPool(
+        self,
+        request: pool_pb2.AttachPoolRequest,
+        context: grpc.aio.ServicerContext[pool_pb2.AttachPoolRequest, pool_pb2.AttachPoolResponse],
+    ) -> pool_pb2.AttachPoolResponse:
+        """Let a writer in."""
+        attachment = self._registry.attach(_identity(request.identity), request.max_model_len)
+        pool = attachment.pool
+        return pool_pb2.AttachPoolResponse(
+            pool_id=pool.pool_id,
+            num_blocks=pool.manager.pool.num_blocks,
+            writer_generation=attachment.writer_generation,
+            ticket=attachment.ticket,
+            descriptor_socket=self._descriptor_socket,
+            warm=attachment.is_warm,
+            size_bytes=pool.size_bytes,
+        )
+
+
+class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
+    """Implements `quire.memory.v1.MemoryService`."""
+
+    def __init__(self, registry: PoolRegistry, sessions: Sessions) -> None:
+        self._registry = registry
+        self._sessions = sessions
+
+    async def Session(
+        self,
+        request_iterator: AsyncIterator[memory_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[memory_pb2.SessionRequest, memory_pb2.SessionResponse],
+    ) -> AsyncIterator[memory_pb2.SessionResponse]:
+        """Carry one session's steps."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None:
+            return
+        if first.WhichOneof("message") != "hello":
+            raise BrokenContract("the first message of a stream is hello")
+        hello = first.hello
+        session = self._sessions.open(
+            hello.session_id, hello.pool_id, hello.writer_generation, hello.max_num_rows
+        )
+        generation = session.generation
+        try:
+            yield memory_pb2.SessionResponse(welcome=self._welcome(session))
+            async for message in request_iterator:
+                if message.WhichOneof("message") != "step":
+                    raise BrokenContract("every message after hello is a step")
+                step = message.step
+                answer = self._sessions.apply(session, step.generation, _demand(step))
+                yield memory_pb2.SessionResponse(answer=_answer(answer, step.generation))
+            self._sessions.end(session, generation)
+        finally:
+            self._sessions.detach(session, generation)
+
+    def _welcome(self, session: Session) -> memory_pb2.SessionWelcome:
+        manager = self._registry.pool.manager
+        table = manager.table(session.key)
+        return memory_pb2.SessionWelcome(
+            generation=session.generation,
+            last_applied_step=session.last_applied_step,
+            block_size=manager.block_size,
+            num_blocks=manager.pool.num_blocks,
+            sequences=[
+                memory_pb2.SessionSequence(
+                    row=row,
+                    incarnation=found.incarnation,
+                    sequence_id=found.sequence_id,
+                    num_computed_tokens=int(table.num_computed[row]),
+                    block_table=_pack(table.block_table(row)),
+                )
+                for row, found in table.items()
+            ],
+            prefix_cache_enabled=manager.prefix_cache_enabled,
+        )
+
+
+def _identity(message: pool_pb2.PoolIdentity) -> PoolIdentity:
+    return PoolIdentity(
+        tuple(
+            LayerGeometry(found.num_kv_heads, found.k_head_dim, found.v_head_dim)
+            for found in message.layers
+        ),
+        message.dtype,
+        message.block_size,
+        (message.tensor_parallel_rank, message.tensor_parallel_size),
+        message.model_fingerprint,
+    )
+
+
+def _demand(step: memory_pb2.AllocateStep) -> StepDemand:
+    return StepDemand(
+        step=step.step,
+        acknowledged_step=step.acknowledged_step,
+        commit_rows=_ints(step.commit_rows),
+        commit_num_computed_tokens=_ints(step.commit_num_computed_tokens),
+        commit_token_ids=_unpack(step.commit_token_ids),
+        releases=tuple(step.release_rows),
+        forks=tuple(
+            Fork(
+                found.src_row,
+                found.dst_row,
+                found.dst_incarnation,
+                found.sequence_id,
+                found.request_id,
+                found.num_tokens,
+            )
+            for found in step.forks
+        ),
+        extend_rows=_ints(step.extend_rows),
+        extend_starts=_ints(step.extend_starts),
+        extend_num_tokens=_ints(step.extend_num_tokens),
+        admits=tuple(
+            Admit(
+                found.row,
+                found.incarnation,
+                found.sequence_id,
+                found.request_id,
+                _unpack(found.token_ids),
+                found.num_sequences,
+            )
+            for found in step.admits
+        ),
+        admit_token_budget=step.admit_token_budget,
+        watermark_blocks=step.watermark_blocks,
+    )
+
+
+def _answer(answer: StepAnswer, generation: int) -> memory_pb2.AllocateAnswer:
+    return memory_pb2.AllocateAnswer(
+        generation=generation,
+        step=answer.step,
+        admissions=[
+            memory_pb2.Admission(
+                row=found.row,
+                num_cached_tokens=found.num_cached_tokens,
+                num_scheduled_tokens=found.num_scheduled_tokens,
+                block_table=_pack(found.block_table),
+            )
+            for found in answer.admissions
+        ],
+        new_block_rows=[row for row, _ in answer.new_blocks],
+        new_block_ids=[block_id for _, block_id in answer.new_blocks],
+        forked_tables=[
+            memory_pb2.ForkedTable(row=row, block_table=_pack(table))
+            for row, table in answer.forked_tables
+        ],
+        copies=[
+            block_pb2.BlockCopy(src_block_id=src, dst_block_id=dst) for src, dst in answer.copies
+        ],
+        remap_rows=[row for row, _, _ in answer.remaps],
+        remap_indexes=[index for _, index, _ in answer.remaps],
+        remap_block_ids=[block_id for _, _, block_id in answer.remaps],
+        refusals=[
+            memory_pb2.Refusal(row=row, reason=memory_pb2.RefusalReason.ValueType(reason.value))
+            for row, reason in answer.refusals
+        ],
+        num_available_blocks=answer.num_available_blocks,
+    )
+
+
+def _ints(values: Iterable[int]) -> IntArray:
+    return np.array(values, dtype=np.int32)
+
+
+def _pack(values: IntArray) -> bytes:
+    return values.astype(_INT32).tobytes()
+
+
+def _unpack(packed: bytes) -> IntArray:
+    if len(packed) % _INT32.itemsize:
+        raise BrokenContract("packed int32 of a length that is not a multiple of 4")
+    return np.frombuffer(packed, dtype=_INT32)
