@@ -18,7 +18,8 @@ from compute_service.clients import AttachedPool, PoolIdentity, attach_pool
 from compute_service.engine import Engine
 from compute_service.forward import ForwardPass
 from compute_service.kv_pool import KvPool, map_pool
-from compute_service.model_loader import LoadedModel, ModelRefused, load_model
+from compute_service.load_time_proof import ModelRefused
+from compute_service.model_loader import LoadedModel, load_model
 from compute_service.server_thread import ServerThread
 from compute_service.servicer import ComputeServicer
 from kernels.launcher import Kernels
@@ -86,7 +87,7 @@ def _make_engine(settings: ComputeSettings, servicer: ComputeServicer) -> tuple[
     attached = _attach(settings, loaded)
     pool = map_pool(attached, loaded.layers, loaded.dtype, settings.block_size)
     kernels = Kernels.for_device(device)
-    forward = ForwardPass(loaded, kernels, pool.caches)
+    forward = ForwardPass(loaded.model, kernels, pool.caches)
     engine = Engine(forward, kernels, pool.caches, settings.block_size, device)
     _warm_up(kernels, loaded)
     servicer.serve(engine, loaded, attached)

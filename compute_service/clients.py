@@ -16,7 +16,7 @@ from quire.serving import CHANNEL_OPTIONS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from compute_service.geometry import KvLayer
+    from quire.pool_layout import LayerGeometry
 
 _ATTACH_TIMEOUT_S = 60.0
 _RETRY_WAIT_S = 0.2
@@ -41,7 +41,7 @@ class AttachedPool:
 class PoolIdentity:
     """What decides whether bytes in a pool are usable."""
 
-    layers: Sequence[KvLayer]
+    layers: Sequence[LayerGeometry]
     dtype: str
     block_size: int
     model_fingerprint: str

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from quire.descriptor import PoolDescriptor, fetch_descriptor
-from quire.pool_layout import LayerGeometry, pool_layout
+from quire.pool_layout import pool_layout
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compute_service.clients import AttachedPool
-    from compute_service.geometry import KvLayer
+    from quire.pool_layout import LayerGeometry
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class KvPool:
 
 
 def map_pool(
-    attached: AttachedPool, layers: Sequence[KvLayer], dtype: torch.dtype, block_size: int
+    attached: AttachedPool, layers: Sequence[LayerGeometry], dtype: torch.dtype, block_size: int
 ) -> KvPool:
     """Fetch the pool's descriptor and map it.
 
@@ -43,32 +43,14 @@ def map_pool(
     """
     descriptor = fetch_descriptor(attached.descriptor_socket, attached.ticket)
     memory = mmap.mmap(descriptor.fd, attached.size_bytes, flags=mmap.MAP_SHARED)
-    geometry = [
-        LayerGeometry(layer.num_kv_heads, layer.k_head_dim, layer.v_head_dim) for layer in layers
-    ]
-    layout = pool_layout(geometry, dtype.itemsize, block_size, attached.num_blocks)
+    layout = pool_layout(layers, dtype.itemsize, block_size, attached.num_blocks)
+    slots = (attached.num_blocks, block_size)
     caches = tuple(
         (
-            _tensor(
-                memory,
-                dtype,
-                keys,
-                attached.num_blocks,
-                block_size,
-                found.num_kv_heads,
-                found.k_head_dim,
-            ),
-            _tensor(
-                memory,
-                dtype,
-                values,
-                attached.num_blocks,
-                block_size,
-                found.num_kv_heads,
-                found.v_head_dim,
-            ),
+            _tensor(memory, dtype, keys, *slots, found.num_kv_heads, found.k_head_dim),
+            _tensor(memory, dtype, values, *slots, found.num_kv_heads, found.v_head_dim),
         )
-        for found, (keys, values) in zip(geometry, layout.offsets, strict=True)
+        for found, (keys, values) in zip(layers, layout.offsets, strict=True)
     )
     return KvPool(descriptor, caches)
 

@@ -64,7 +64,7 @@ class ComputeServicer(compute_pb2_grpc.ComputeServiceServicer):
             max_model_len=loaded.max_model_len,
             vocab_size=loaded.vocab_size,
             eos_token_ids=loaded.eos_token_ids,
-            architecture=loaded.config.architectures[0],
+            architecture=loaded.architecture,
             dtype=str(loaded.dtype).removeprefix("torch."),
             fingerprint=loaded.fingerprint,
             pool_id=served.pool.pool_id,

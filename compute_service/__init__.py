@@ -1,0 +1,1 @@
+"""The compute service: forward passes through the block tables it is sent."""

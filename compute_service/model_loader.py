@@ -1,0 +1,184 @@
+"""A checkpoint folder or hub name to a model that is proven to be served right."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from compute_service import attention
+from compute_service.fingerprint import fingerprint
+from compute_service.load_time_proof import ModelRefused, prove
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from quire.pool_layout import LayerGeometry
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model, ready to run through `compute_service.forward`."""
+
+    folder: Path
+    model: nn.Module
+    architecture: str
+    layers: tuple[LayerGeometry, ...]
+    dtype: torch.dtype
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    fingerprint: str
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str,
+    max_model_len: int | None,
+    trust_remote_code: bool,
+    device: str,
+) -> LoadedModel:
+    """Load and prove a model.
+
+    Raises:
+        ModelRefused: when there is no such checkpoint or it cannot be served right; one sentence.
+    """
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    attention.register()
+    folder = _find_folder(name)
+    config = _load_config(folder, trust_remote_code=trust_remote_code)
+    text_config = config.get_text_config()
+    served_len = _served_length(text_config, max_model_len)
+    _check_config(config, text_config)
+    model = _load_weights(folder, dtype, device, trust_remote_code=trust_remote_code)
+    _check_class(model)
+    fix_longrope(model, served_len)
+    layers = prove(model, torch.device(device))
+    return LoadedModel(
+        folder=folder,
+        model=model,
+        architecture=type(model).__name__,
+        layers=layers,
+        dtype=next(model.parameters()).dtype,
+        max_model_len=served_len,
+        vocab_size=text_config.vocab_size,
+        eos_token_ids=_eos_token_ids(model),
+        fingerprint=fingerprint(folder, max_model_len=served_len),
+    )
+
+
+def _find_folder(name: str) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return _check_files(folder.resolve())
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise ModelRefused(f"there is no model folder {name}")
+    try:
+        return _check_files(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
+    except ModelRefused:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        message = f"{name!r} is neither a folder nor to be had from the hub: {reason}"
+        raise ModelRefused(message) from error
+
+
+def _check_files(folder: Path) -> Path:
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ModelRefused(f"{folder} has no {name}")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelRefused(f"{folder} has no *.safetensors; other formats of weights are not read")
+    return folder
+
+
+def _load_config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 -- configs of transformers share no typed fields
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelRefused(f"its config cannot be read: {_first_line(error)}") from error
+
+
+def _served_length(text_config: Any, wanted: int | None) -> int:  # noqa: ANN401 -- see _load_config
+    limit: int | None = getattr(text_config, "max_position_embeddings", None)
+    if limit is None:
+        limit = getattr(text_config, "n_positions", None)
+    if wanted is None and limit is None:
+        raise ModelRefused("its config names no longest sequence; set --max-model-len")
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ModelRefused(f"--max-model-len {wanted} is above the model's own limit of {limit}")
+    return wanted or limit or 0
+
+
+def _check_config(config: Any, text_config: Any) -> None:  # noqa: ANN401 -- see _load_config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelRefused(f"{config.model_type} is an encoder-decoder; only decoders are served")
+    others = set(getattr(text_config, "layer_types", None) or ()) - _LAYER_TYPES
+    if others:
+        raise ModelRefused(f"it has layers of type {', '.join(sorted(others))}")
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if "dynamic" in str(rope.get("rope_type", "")):
+        raise ModelRefused("its RoPE scaling is dynamic: positions would depend on the neighbours")
+
+
+def _load_weights(folder: Path, dtype: str, device: str, *, trust_remote_code: bool) -> nn.Module:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
+        raise ModelRefused(f"it cannot be loaded: {_first_line(error)}") from error
+    loaded: nn.Module = model.to(device).eval()
+    return loaded
+
+
+def _check_class(model: nn.Module) -> None:
+    if getattr(model, "_is_stateful", False):
+        raise ModelRefused(f"{type(model).__name__} has recurrent layers, whose state is no KV cache")
+    if not getattr(model.config, "is_decoder", True) and "ForCausalLM" not in type(model).__name__:
+        raise ModelRefused(f"{type(model).__name__} is no decoder")
+
+
+def fix_longrope(model: nn.Module, max_model_len: int) -> None:
+    """Choose the factors of longrope once, by the served length.
+
+    transformers chooses them in every pass by the longest position of the packed row, so that a long neighbour would
+    move everybody's positions.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) != "longrope":
+            continue
+        config: Any = module.config
+        original = config.rope_parameters.get("original_max_position_embeddings")
+        compute: Any = module.rope_init_fn
+        length = max_model_len if max_model_len > original else None
+        inv_freq, module.attention_scaling = compute(config, module.inv_freq.device, seq_len=length)  # type: ignore[union-attr]
+        module.register_buffer("inv_freq", inv_freq, persistent=False)
+        module.rope_type = "default"  # type: ignore[assignment]
+
+
+def _eos_token_ids(model: nn.Module) -> tuple[int, ...]:
+    found: Any = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    if found is None:
+        found = model.config.get_text_config().eos_token_id  # type: ignore[union-attr,operator]
+    if found is None:
+        return ()
+    return tuple(found) if isinstance(found, list | tuple) else (int(found),)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
