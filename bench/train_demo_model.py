@@ -50,7 +50,7 @@ def main() -> None:
     model = LlamaForCausalLM(_config())
     print(f"{sum(found.numel() for found in model.parameters())} parameters")
     _train(model, tokens, options.minutes * 60)
-    model.to(torch.bfloat16).save_pretrained(options.out)
+    model.bfloat16().save_pretrained(options.out)
     _save_tokenizer(tokenizer, options.out)
 
 
@@ -127,7 +127,7 @@ def _schedule(progress: float) -> float:
 
 
 def _save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    wrapped = PreTrainedTokenizerFast(
+    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
     )
     wrapped.chat_template = CHAT_TEMPLATE

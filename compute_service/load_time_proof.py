@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 _PROBE = "quire_probe"
 _NUM_PROBE_TOKENS = 11
-_CUTS = ((0, 6), (6, 10), (10, 11))  # chunks in which the probe runs again: two prefill chunks and a decode
+_CUTS = (
+    (0, 6),
+    (6, 10),
+    (10, 11),
+)  # chunks in which the probe runs again: two prefill chunks and a decode
 _BLOCK_SIZE = 4
 _WINDOW_FIELDS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size")
 # Largest difference of logits, as a share of the largest logit.
@@ -137,7 +141,9 @@ def _record(model: nn.Module, token_ids: Tensor) -> _Recorder:
             )
         except (TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ModelRefused(f"the model does not run with another attention: {reason}") from error
+            raise ModelRefused(
+                f"the model does not run with another attention: {reason}"
+            ) from error
         finally:
             model.set_attn_implementation(NAME)  # type: ignore[operator]
     return recorder
@@ -215,7 +221,9 @@ def _paged_logits(
     num_blocks = -(-_NUM_PROBE_TOKENS // _BLOCK_SIZE)
     caches = [
         tuple(
-            torch.zeros(2 * num_blocks, _BLOCK_SIZE, layer.num_kv_heads, size, dtype=dtype, device=device)
+            torch.zeros(
+                2 * num_blocks, _BLOCK_SIZE, layer.num_kv_heads, size, dtype=dtype, device=device
+            )
             for size in (layer.k_head_dim, layer.v_head_dim)
         )
         for layer in layers

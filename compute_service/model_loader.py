@@ -133,7 +133,7 @@ def _check_config(config: Any, text_config: Any) -> None:  # noqa: ANN401 -- see
 
 def _load_weights(folder: Path, dtype: str, device: str, *, trust_remote_code: bool) -> nn.Module:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation="eager",
@@ -148,7 +148,9 @@ def _load_weights(folder: Path, dtype: str, device: str, *, trust_remote_code: b
 
 def _check_class(model: nn.Module) -> None:
     if getattr(model, "_is_stateful", False):
-        raise ModelRefused(f"{type(model).__name__} has recurrent layers, whose state is no KV cache")
+        raise ModelRefused(
+            f"{type(model).__name__} has recurrent layers, whose state is no KV cache"
+        )
     if not getattr(model.config, "is_decoder", True) and "ForCausalLM" not in type(model).__name__:
         raise ModelRefused(f"{type(model).__name__} is no decoder")
 
@@ -166,7 +168,7 @@ def fix_longrope(model: nn.Module, max_model_len: int) -> None:
         original = config.rope_parameters.get("original_max_position_embeddings")
         compute: Any = module.rope_init_fn
         length = max_model_len if max_model_len > original else None
-        inv_freq, module.attention_scaling = compute(config, module.inv_freq.device, seq_len=length)  # type: ignore[union-attr]
+        inv_freq, module.attention_scaling = compute(config, module.inv_freq.device, seq_len=length)
         module.register_buffer("inv_freq", inv_freq, persistent=False)
         module.rope_type = "default"  # type: ignore[assignment]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from protos.compute.v1 import compute_pb2_grpc
 from quire.errors import BrokenContract, NotReady, PoolMismatch, SessionFenced
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
 
     import grpc
     from numpy.typing import NDArray
@@ -235,7 +235,7 @@ def _sampling(message: pb.SamplingSettings) -> RowSampling:
     )
 
 
-def _parallel(*arrays):  # type: ignore[no-untyped-def]
+def _parallel(*arrays: Iterable[Any]) -> tuple[Any, ...]:
     try:
         return tuple(zip(*arrays, strict=True))
     except ValueError as error:

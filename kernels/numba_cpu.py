@@ -8,6 +8,7 @@ spread over torch's own OpenMP threads. bfloat16 is read as uint16 and widened t
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numba
 import numpy as np
@@ -17,7 +18,8 @@ from numba import prange
 from numba.core import types
 from numba.extending import intrinsic
 
-from kernels.batch import PagedBatch
+if TYPE_CHECKING:
+    from kernels.batch import PagedBatch
 
 # torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
 numba.config.THREADING_LAYER = "omp"
@@ -25,7 +27,7 @@ numba.config.THREADING_LAYER = "omp"
 _BF16_SHIFT = 16
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _widen(_typing_context, element):
     """float32 of one cache element: bfloat16 bits (uint16) are its upper half."""
 
@@ -41,7 +43,7 @@ def _widen(_typing_context, element):
     return types.float32(element), shift if element == types.uint16 else keep
 
 
-@numba.njit(parallel=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath={"nsz", "arcp", "contract", "afn", "reassoc"}, cache=True)
 def _decode(q, k, v, tables, lengths, scale, window, soft_cap, sinks, has_sinks, out):
     num_sequences, num_heads, k_dim = q.shape
     block_size, num_kv_heads, v_dim = v.shape[1], v.shape[2], v.shape[3]

@@ -6,7 +6,6 @@ import asyncio
 import os
 import socket
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -15,6 +14,8 @@ from quire.descriptor import MAX_LINE_BYTES, OK, peer_uid
 from quire.serving import UNIX_PREFIX, claim_unix_path, release_unix_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from memory_service.pool_registry import PoolRegistry
 
 _BACKLOG = 8

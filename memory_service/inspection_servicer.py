@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from memory_service.integrity import check_integrity
 from protos.memory.v1 import inspection_pb2 as pb
 from protos.memory.v1 import inspection_pb2_grpc
@@ -16,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import grpc
+    import numpy as np
 
     from memory_service.block_manager import BlockManager
     from memory_service.pool_registry import PoolRegistry
@@ -109,7 +108,9 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
                         sequence=_sequence(names[session_key], row, found, books.table),
                         block_table=_entries(manager, books.table.block_table(row)),
                     )
-        message = f"no sequence has the id {request.sequence_id!r}; ListSequences shows those that live"
+        message = (
+            f"no sequence has the id {request.sequence_id!r}; ListSequences shows those that live"
+        )
         raise SequenceNotFound(message, metadata={"sequence_id": request.sequence_id})
 
     async def CheckIntegrity(

@@ -221,6 +221,8 @@ def _check_identity(identity: PoolIdentity, max_model_len: int) -> None:
         for dimension in (layer.num_kv_heads, layer.k_head_dim, layer.v_head_dim)
     ]
     if not sizes or min(sizes) < 1:
-        raise InvalidRequest("a pool needs at least one layer, with heads and dimensions above zero")
+        raise InvalidRequest(
+            "a pool needs at least one layer, with heads and dimensions above zero"
+        )
     if max_model_len < 1:
         raise InvalidRequest(f"max_model_len {max_model_len} is below 1")

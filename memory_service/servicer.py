@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     import grpc
 
+    from memory_service import session
     from memory_service.demand import IntArray, StepAnswer
     from memory_service.pool_registry import PoolRegistry
-    from memory_service.session import Session
     from memory_service.sessions import Sessions
 
 _INT32 = np.dtype("<i4")
@@ -71,28 +71,28 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         if first.WhichOneof("message") != "hello":
             raise BrokenContract("the first message of a stream is hello")
         hello = first.hello
-        session = self._sessions.open(
+        opened = self._sessions.open(
             hello.session_id, hello.pool_id, hello.writer_generation, hello.max_num_rows
         )
-        generation = session.generation
+        generation = opened.generation
         try:
-            yield memory_pb2.SessionResponse(welcome=self._welcome(session))
+            yield memory_pb2.SessionResponse(welcome=self._welcome(opened))
             async for message in request_iterator:
                 if message.WhichOneof("message") != "step":
                     raise BrokenContract("every message after hello is a step")
                 step = message.step
-                answer = self._sessions.apply(session, step.generation, _demand(step))
+                answer = self._sessions.apply(opened, step.generation, _demand(step))
                 yield memory_pb2.SessionResponse(answer=_answer(answer, step.generation))
-            self._sessions.end(session, generation)
+            self._sessions.end(opened, generation)
         finally:
-            self._sessions.detach(session, generation)
+            self._sessions.detach(opened, generation)
 
-    def _welcome(self, session: Session) -> memory_pb2.SessionWelcome:
+    def _welcome(self, opened: session.Session) -> memory_pb2.SessionWelcome:
         manager = self._registry.pool.manager
-        table = manager.table(session.key)
+        table = manager.table(opened.key)
         return memory_pb2.SessionWelcome(
-            generation=session.generation,
-            last_applied_step=session.last_applied_step,
+            generation=opened.generation,
+            last_applied_step=opened.last_applied_step,
             block_size=manager.block_size,
             num_blocks=manager.pool.num_blocks,
             sequences=[

@@ -75,9 +75,7 @@ class Sessions:
             raise PoolMismatch(message, metadata={"pool_id": pool_id, "expected_pool_id": expected})
 
     def _check_rows(self, session_id: str, max_num_rows: int) -> None:
-        others = sum(
-            found.max_num_rows for found in self._leases if found.session_id != session_id
-        )
+        others = sum(found.max_num_rows for found in self._leases if found.session_id != session_id)
         if others + max_num_rows > self._max_num_seqs:
             message = (
                 f"{max_num_rows} rows beside {others} of other sessions are more than "

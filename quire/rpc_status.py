@@ -85,7 +85,7 @@ def _details(error: errors.QuireError) -> list[Message]:
 def from_rpc_error(error: grpc.RpcError) -> errors.QuireError:
     """The exception that a failed call stands for; a `RemoteError` when the status names no reason of ours."""
     try:
-        status = rpc_status.from_call(error)
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]
     except ValueError:
         status = None  # code and details contradict each other: no status of ours
     code = error.code() or grpc.StatusCode.UNKNOWN

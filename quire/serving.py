@@ -255,9 +255,8 @@ class HealthReporter:
 
     async def set_serving(self, *, serving: bool) -> None:
         """Say whether calls are welcome."""
-        status = health_pb2.HealthCheckResponse.SERVING
-        if not serving:
-            status = health_pb2.HealthCheckResponse.NOT_SERVING
+        answers = health_pb2.HealthCheckResponse
+        status = answers.SERVING if serving else answers.NOT_SERVING
         for name in self._services:
             await self._servicer.set(name, status)
 

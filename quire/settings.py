@@ -37,7 +37,9 @@ class CommonSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="least severe level that is logged"
     )
-    log_format: Literal["console", "json"] = Field("console", description="logs for people or machines")
+    log_format: Literal["console", "json"] = Field(
+        "console", description="logs for people or machines"
+    )
     shutdown_grace_s: PositiveFloat = Field(
         10.0, description="seconds that running calls get to end at a stop"
     )
@@ -73,7 +75,9 @@ class ComputeSettings(CommonSettings):
         ("127.0.0.1:7073",), description="addresses: host:port or unix:/path; may be repeated"
     )
     memory_address: str = Field("127.0.0.1:7072", description="address of the memory service")
-    model: str = Field("demo", description="folder or hub name of the checkpoint; demo: the packaged one")
+    model: str = Field(
+        "demo", description="folder or hub name of the checkpoint; demo: the packaged one"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="element type of weights and KV cache; auto: the checkpoint's own"
     )
@@ -85,7 +89,9 @@ class ComputeSettings(CommonSettings):
     )
     device: Literal["cpu"] = Field("cpu", description="where the model runs")
     num_threads: PositiveInt | None = Field(None, description="CPU threads; unset: all cores")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the checkpoint")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the checkpoint"
+    )
 
 
 class RouterSettings(CommonSettings):
@@ -104,6 +110,42 @@ class RouterSettings(CommonSettings):
     queue_limit: PositiveInt = Field(1024, description="sequences that may wait")
     served_model_name: str | None = Field(
         None, description="name told to clients; unset: the folder's"
+    )
+
+
+class UpSettings(CommonSettings):
+    """Settings of all three services together."""
+
+    listen: str = Field("127.0.0.1:7071", description="address of the router, host:port")
+    model: str = Field("demo", description="folder or hub name of the checkpoint; demo: the packaged one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="element type of weights and KV cache; auto: the checkpoint's own"
+    )
+    memory_budget: ByteSize = Field(
+        DEFAULT_MEMORY_BUDGET, description="size of the KV pool, e.g. 512MiB"
+    )
+    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = Field(
+        16, description="token slots a block"
+    )
+    max_num_seqs: PositiveInt = Field(64, description="sequences that run at once")
+    max_num_batched_tokens: PositiveInt = Field(512, description="token budget of a step")
+    max_model_len: PositiveInt | None = Field(
+        None, description="longest sequence served, in tokens; unset: the model's own limit"
+    )
+    served_model_name: str | None = Field(
+        None, description="name told to clients; unset: the folder's"
+    )
+    state_dir: Path | None = Field(
+        None, description="folder on tmpfs for the pool's file; without it the pool leaves nothing"
+    )
+    prefix_cache: bool = Field(True, description="keep full blocks of ended sequences for reuse")
+    watermark: float = Field(
+        0.01, ge=0, lt=1, description="share of the pool that admissions leave over"
+    )
+    queue_limit: PositiveInt = Field(1024, description="sequences that may wait")
+    num_threads: PositiveInt | None = Field(None, description="CPU threads; unset: all cores")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the checkpoint"
     )
 
 
@@ -126,7 +168,7 @@ def load(cls: type[SettingsT], argv: Sequence[str], *, prog: str) -> SettingsT:
         def settings_customise_sources(
             cls,
             settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
+            init_settings: PydanticBaseSettingsSource,  # noqa: ARG003 -- the library passes it by position
             env_settings: PydanticBaseSettingsSource,
             **_others: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:

@@ -101,7 +101,7 @@ class Node:
             self.abort(request)
 
     async def _until_idle(self) -> None:
-        while self._scheduler.requests:
+        while self._scheduler.requests:  # noqa: ASYNC110 -- only at shutdown; an event would cost every step
             await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:

@@ -12,7 +12,7 @@ from router.waiting_queue import WaitingQueue
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from router.request import Request, Sequence
+    from router.request import Request
 
 
 class RequestTable:

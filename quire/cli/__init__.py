@@ -1,0 +1,39 @@
+"""The command line: `quire up` starts all three services, `quire memory|compute|router` one."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from quire import __version__
+from quire.cli.up import up
+
+_SERVICES = {"memory": "memory_service", "compute": "compute_service", "router": "router"}
+_USAGE = """usage: quire COMMAND [flags]
+
+  up        start memory, compute and router, supervised; one ready line with every address
+  memory    start the memory service alone
+  compute   start the compute service alone
+  router    start the router alone
+  version   print the version
+
+`quire COMMAND --help` lists the flags of a command."""
+
+
+def main() -> int:
+    """Entry point of the `quire` script; the process's exit status."""
+    command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    if command == "up":
+        return up(arguments)
+    if command in _SERVICES:
+        # The process becomes the service, so that its signals and exit status are the service's own.
+        module = [sys.executable, "-m", _SERVICES[command]]
+        os.execv(sys.executable, [*module, *arguments])  # noqa: S606 -- our own interpreter and module
+    if command in {"version", "--version"}:
+        print(__version__)
+        return 0
+    if command in {"--help", "-h"}:
+        print(_USAGE)
+        return 0
+    print(f"error: unknown command {command!r}; `quire --help` lists them", file=sys.stderr)
+    return 2

@@ -1,0 +1,113 @@
+"""The same greedy tokens as transformers, through the three real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import grpc
+import pytest
+import torch
+from tiny_checkpoints import SERVED, VOCAB_SIZE, make_checkpoint
+from transformers import AutoModelForCausalLM
+
+from protos.memory.v1 import inspection_pb2, inspection_pb2_grpc
+from protos.router.v1 import router_pb2, router_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+NUM_TOKENS = 64
+NEAR_TIE = 1e-3
+
+
+@contextmanager
+def trio(model: Path, *flags: str) -> Iterator[dict[str, str]]:
+    """Three processes; addresses by service."""
+    command = [sys.executable, "-m", "quire.cli", "up", "--model", str(model), "--listen", "127.0.0.1:0"]
+    command[1:3] = ["-c", "import sys; from quire.cli import main; sys.exit(main())"]
+    command[command.index("127.0.0.1:0")] = f"127.0.0.1:{_free_port()}"
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready "), line
+        yield dict(part.split("=", 1) for part in line.split()[1:])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def complete(stub: router_pb2_grpc.RouterServiceStub, prompt: list[int], n: int = 1) -> list[list[int]]:
+    request = router_pb2.GenerateRequest(
+        tokens=router_pb2.TokenIds(ids=prompt),
+        sampling=router_pb2.SamplingParams(temperature=0, num_samples=n),
+        stopping=router_pb2.StoppingCriteria(max_tokens=NUM_TOKENS, ignore_eos=True),
+    )
+    answer = stub.Complete(router_pb2.CompleteRequest(request=request), timeout=120)
+    return [list(found.token_ids) for found in answer.completions]
+
+
+def check_tokens(model: torch.nn.Module, prompt: list[int], output: list[int]) -> None:
+    """Every token is the reference's own choice, teacher-forced; a near-tie may go either way."""
+    assert len(output) == NUM_TOKENS
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+    assert (logits.max(1).values - chosen).max() < NEAR_TIE
+
+
+@pytest.mark.parametrize("model_type", sorted(SERVED))
+def test_greedy_tokens_equal_transformers(model_type: str, tmp_path: Path) -> None:
+    """Alone, batched, chunked, with prefix hits, forked and preempted: each token is the one transformers chooses."""
+    folder = make_checkpoint(tmp_path / "model", model_type)
+    oracle = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1, 5, 16, 33, 70, 150]
+    prompts = [
+        torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths
+    ]
+    # A pool of 40 blocks cannot hold all of these at once: some are preempted.
+    block_bytes = _block_bytes(oracle.config)
+    budget = 45 * block_bytes + 3 * 2 * 4096
+    flags = ["--max-num-batched-tokens", "32", "--memory-budget", str(budget), "--max-model-len", "400"]
+    with trio(folder, *flags, "--dtype", "float32", "--log-level", "warning") as addresses:
+        with grpc.insecure_channel(addresses["router"]) as channel:
+            stub = router_pb2_grpc.RouterServiceStub(channel)
+            for prompt in prompts:
+                check_tokens(oracle, prompt, complete(stub, prompt)[0])
+            with ThreadPoolExecutor(12) as pool:
+                for prompt, found in zip(
+                    prompts * 2, pool.map(lambda p: complete(stub, p), prompts * 2), strict=True
+                ):
+                    check_tokens(oracle, prompt, found[0])
+            for found in complete(stub, prompts[3], n=4):
+                check_tokens(oracle, prompts[3], found)
+        with grpc.insecure_channel(addresses["memory"]) as channel:
+            inspection = inspection_pb2_grpc.InspectionServiceStub(channel)
+            pool_state = inspection.GetPool(inspection_pb2.GetPoolRequest(), timeout=5)
+            assert int(pool_state.num_prefix_hit_tokens) > 0
+            checked = inspection.CheckIntegrity(inspection_pb2.CheckIntegrityRequest(), timeout=5)
+            assert list(checked.findings) == []
+
+
+def _block_bytes(config: object) -> int:
+    heads, size = config.num_key_value_heads, config.head_dim
+    if config.model_type == "deepseek_v3":
+        k_and_v = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+        return 3 * 16 * heads * k_and_v * 4
+    return 3 * 16 * heads * 2 * size * 4
