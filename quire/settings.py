@@ -6,9 +6,9 @@ import difflib
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn, TypeVar
 
-from pydantic import ByteSize, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import AfterValidator, ByteSize, Field, PositiveFloat, PositiveInt, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -24,6 +24,17 @@ ENV_PREFIX = "QUIRE_"
 CONFIG_VARIABLE = "QUIRE_CONFIG"
 USAGE_EXIT_CODE = 2
 
+MAX_BLOCK_SIZE = 256
+
+
+def _power_of_two(value: int) -> int:
+    if not 1 <= value <= MAX_BLOCK_SIZE or value & (value - 1):
+        message = f"must be a power of two from 1 to {MAX_BLOCK_SIZE}"
+        raise ValueError(message)
+    return value
+
+
+BlockSize = Annotated[int, AfterValidator(_power_of_two)]
 DEFAULT_MEMORY_BUDGET = ByteSize(1 << 30)
 
 
@@ -81,7 +92,7 @@ class ComputeSettings(CommonSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="element type of weights and KV cache; auto: the checkpoint's own"
     )
-    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = Field(
+    block_size: BlockSize = Field(
         16, description="token slots a block"
     )
     max_model_len: PositiveInt | None = Field(
@@ -124,7 +135,7 @@ class UpSettings(CommonSettings):
     memory_budget: ByteSize = Field(
         DEFAULT_MEMORY_BUDGET, description="size of the KV pool, e.g. 512MiB"
     )
-    block_size: Literal[1, 2, 4, 8, 16, 32, 64, 128, 256] = Field(
+    block_size: BlockSize = Field(
         16, description="token slots a block"
     )
     max_num_seqs: PositiveInt = Field(64, description="sequences that run at once")

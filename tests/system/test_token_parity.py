@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -21,7 +22,6 @@ from protos.router.v1 import router_pb2, router_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 NUM_TOKENS = 64
 NEAR_TIE = 1e-3
@@ -30,23 +30,22 @@ NEAR_TIE = 1e-3
 @contextmanager
 def trio(model: Path, *flags: str) -> Iterator[dict[str, str]]:
     """Three processes; addresses by service."""
-    command = [sys.executable, "-m", "quire.cli", "up", "--model", str(model), "--listen", "127.0.0.1:0"]
-    command[1:3] = ["-c", "import sys; from quire.cli import main; sys.exit(main())"]
-    command[command.index("127.0.0.1:0")] = f"127.0.0.1:{_free_port()}"
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
+    quire = str(Path(sys.executable).with_name("quire"))
+    command = [quire, "up", "--model", str(model), "--listen", f"127.0.0.1:{_free_port()}", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
-        assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("ready "), line
         yield dict(part.split("=", 1) for part in line.split()[1:])
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        status = process.wait(60)
+        process.stdout.close()
+    assert status == 0
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -105,7 +104,7 @@ def test_greedy_tokens_equal_transformers(model_type: str, tmp_path: Path) -> No
             assert list(checked.findings) == []
 
 
-def _block_bytes(config: object) -> int:
+def _block_bytes(config: Any) -> int:
     heads, size = config.num_key_value_heads, config.head_dim
     if config.model_type == "deepseek_v3":
         k_and_v = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
