@@ -1,0 +1,268 @@
+"""The block manager under any sequence of steps, against a naive model of what each slot holds."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from memory_service.block_hash import BlockHasher
+from memory_service.block_manager import BlockManager
+from memory_service.demand import Admit, Fork, RefusalReason, StepAnswer, StepDemand
+from memory_service.integrity import check_integrity
+from quire.errors import BrokenContract
+
+SIZE = 4
+NUM_BLOCKS = 14
+NUM_ROWS = 6
+SESSION = 1
+
+
+def ints(values: list[int]) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+def make_manager(num_blocks: int = NUM_BLOCKS) -> BlockManager:
+    manager = BlockManager(num_blocks, SIZE, BlockHasher(b"secret", b"root"))
+    manager.open_session(SESSION, NUM_ROWS)
+    return manager
+
+
+class NaiveSequence:
+    """Tokens, how many are computed, and the table as the compute service would know it."""
+
+    def __init__(self, tokens: list[int], computed: int, table: list[int]) -> None:
+        self.tokens = tokens
+        self.computed = computed
+        self.table = table
+        self.committed = computed
+        self.running = 0  # tokens of the step in flight
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Each slot of the naive device holds the whole prefix of tokens that was stored there; reads must match.
+
+    Two steps are in flight: a step's stores reach the device one step after its answer was given.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.manager = make_manager()
+        self.device: dict[int, tuple[int, ...]] = {}
+        self.sequences: dict[int, NaiveSequence] = {}
+        self.step = 0
+        self.acknowledged = 0
+        self.queue: list[tuple[int, list, list]] = []  # (step, copies, [(row sequence, table, begin, end)])
+        self.rng = np.random.default_rng(0)
+
+    def _device_runs(self) -> None:
+        """Run the oldest step in flight: copies, stores, reads, in this order."""
+        step, copies, work = self.queue.pop(0)
+        read = [
+            [(dst * SIZE + i, self.device.get(src * SIZE + i)) for i in range(SIZE)]
+            for src, dst in copies
+        ]
+        for slots in read:
+            for slot, held in slots:
+                self.device[slot] = held
+        for tokens, table, begin, end in work:
+            for position in range(begin, end):
+                slot = table[position // SIZE] * SIZE + position % SIZE
+                self.device[slot] = tuple(tokens[: position + 1])
+        for tokens, table, _, end in work:
+            for position in range(end):
+                slot = table[position // SIZE] * SIZE + position % SIZE
+                assert self.device.get(slot) == tuple(tokens[: position + 1])
+        self.acknowledged = step
+        for sequence in self.sequences.values():
+            for count_step, count in list(getattr(sequence, "in_flight", [])):
+                if count_step == step:
+                    sequence.computed += count
+                    sequence.in_flight.remove((count_step, count))
+
+    def _commits(self) -> tuple[list[int], list[int], list[int]]:
+        rows, counts, token_ids = [], [], []
+        for row, found in self.sequences.items():
+            if found.computed > found.committed:
+                rows.append(row)
+                counts.append(found.computed)
+                begin = found.committed // SIZE * SIZE
+                token_ids += found.tokens[begin : found.computed // SIZE * SIZE]
+                found.committed = found.computed
+        return rows, counts, token_ids
+
+    @rule(
+        data=st.data(),
+        admit_lengths=st.lists(st.integers(1, 18), max_size=3),
+        budget=st.integers(0, 20),
+        watermark=st.integers(0, 3),
+    )
+    def run_step(self, data: st.DataObject, admit_lengths: list[int], budget: int, watermark: int) -> None:
+        self.step += 1
+        rows, counts, token_ids = self._commits()
+        releases = [row for row in list(self.sequences) if data.draw(st.integers(0, 5)) == 0]
+        for row in releases:
+            del self.sequences[row]
+        forks, extends = [], []
+        for row, found in list(self.sequences.items()):
+            in_flight = sum(count for _, count in getattr(found, "in_flight", []))
+            if in_flight == 0 and data.draw(st.integers(0, 3)) == 0:
+                dst = next((r for r in range(NUM_ROWS) if r not in self.sequences), None)
+                if dst is not None and found.computed:
+                    forks.append(Fork(row, dst, 1, f"f{self.step}-{dst}", "r", found.computed))
+                    child = NaiveSequence(list(found.tokens[: found.computed]), found.computed, [])
+                    child.in_flight = []
+                    self.sequences[dst] = child
+        for row, found in self.sequences.items():
+            start = found.computed + sum(count for _, count in getattr(found, "in_flight", []))
+            if data.draw(st.booleans()):
+                count = data.draw(st.integers(1, 5))
+                while len(found.tokens) < start + count:
+                    found.tokens.append(data.draw(st.integers(0, 2)))
+                extends.append((row, start, count))
+        unused = [row for row in range(NUM_ROWS) if row not in self.sequences]
+        admits = []
+        for row, length in zip(unused, admit_lengths, strict=False):
+            tokens = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
+            admits.append(Admit(row, 1, f"s{self.step}-{row}", "r", ints(tokens)))
+        answer = self.manager.apply(
+            SESSION,
+            StepDemand(
+                step=self.step,
+                acknowledged_step=self.acknowledged,
+                commit_rows=ints(rows),
+                commit_num_computed_tokens=ints(counts),
+                commit_token_ids=ints(token_ids),
+                releases=tuple(releases),
+                forks=tuple(forks),
+                extend_rows=ints([row for row, _, _ in extends]),
+                extend_starts=ints([start for _, start, _ in extends]),
+                extend_num_tokens=ints([count for _, _, count in extends]),
+                admits=tuple(admits),
+                admit_token_budget=budget,
+                watermark_blocks=watermark,
+            ),
+        )
+        self._take(answer, extends, admits)
+        while len(self.queue) > 1:
+            self._device_runs()
+
+    def _take(self, answer: StepAnswer, extends: list, admits: list) -> None:
+        refused = {row for row, _ in answer.refusals}
+        for row, table in answer.forked_tables:
+            self.sequences[row].table = table.tolist()
+        for row, block_id in answer.new_blocks:
+            self.sequences[row].table.append(block_id)
+        for row, index, block_id in answer.remaps:
+            self.sequences[row].table[index] = block_id
+        work = []
+        for row, start, count in extends:
+            found = self.sequences[row]
+            if row in refused:
+                continue
+            found.in_flight = [*getattr(found, "in_flight", []), (self.step, count)]
+            work.append((list(found.tokens), list(found.table), start, start + count))
+        by_row = {admit.row: admit for admit in admits}
+        for admission in answer.admissions:
+            tokens = by_row[admission.row].token_ids.tolist()
+            found = NaiveSequence(tokens, admission.num_cached_tokens, admission.block_table.tolist())
+            found.in_flight = [(self.step, admission.num_scheduled_tokens)]
+            self.sequences[admission.row] = found
+            begin = admission.num_cached_tokens
+            end = begin + admission.num_scheduled_tokens
+            work.append((tokens, list(found.table), begin, end))
+        assert not {src for src, _ in answer.copies} & {dst for _, dst in answer.copies}
+        self.queue.append((self.step, answer.copies, work))
+
+    @precondition(lambda self: self.queue)
+    @rule()
+    def device_catches_up(self) -> None:
+        self._device_runs()
+
+    @invariant()
+    def books_agree(self) -> None:
+        assert check_integrity(self.manager) == []
+        for row, found in self.sequences.items():
+            assert self.manager.table(SESSION).block_table(row).tolist() == found.table
+
+    def teardown(self) -> None:
+        self.manager.close_session(SESSION)
+        assert check_integrity(self.manager) == []
+        assert self.manager.pool.num_available == NUM_BLOCKS - 1
+
+
+PoolMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("QUIRE_TEST_EXAMPLES", "150")), stateful_step_count=25, deadline=None
+)
+test_every_slot_holds_what_its_readers_expect = PoolMachine.TestCase
+
+
+def admit(manager: BlockManager, row: int, tokens: list[int], step: int, budget: int = 99) -> StepAnswer:
+    demand = StepDemand(
+        step=step, admits=(Admit(row, 1, f"s{row}", "r", ints(tokens)),), admit_token_budget=budget
+    )
+    return manager.apply(SESSION, demand)
+
+
+def test_prefix_in_progress_waits_and_then_hits() -> None:
+    """A prompt whose next block a running sequence computes is passed over, and hits once that is committed."""
+    manager = make_manager()
+    tokens = list(range(9))
+    admit(manager, 0, tokens, 1)
+    assert admit(manager, 1, tokens, 2).refusals == [(1, RefusalReason.PREFIX_IN_PROGRESS)]
+    commit = StepDemand(
+        step=3,
+        commit_rows=ints([0]),
+        commit_num_computed_tokens=ints([9]),
+        commit_token_ids=ints(tokens[:8]),
+    )
+    manager.apply(SESSION, commit)
+    (admission,) = admit(manager, 1, tokens, 4).admissions
+    assert (admission.num_cached_tokens, admission.num_scheduled_tokens) == (8, 1)
+    assert manager.table(SESSION).block_table(0)[:2].tolist() == admission.block_table[:2].tolist()
+
+
+def test_scarcity_is_a_refusal_and_ends_the_admissions() -> None:
+    """Who comes behind a refused admission is refused too, even when there were blocks for it."""
+    manager = make_manager(num_blocks=6)
+    demand = StepDemand(
+        step=1,
+        admits=(
+            Admit(0, 1, "a", "a", ints([1] * 8)),
+            Admit(1, 1, "b", "b", ints([2] * 20)),
+            Admit(2, 1, "c", "c", ints([3] * 4)),
+        ),
+        admit_token_budget=99,
+    )
+    answer = manager.apply(SESSION, demand)
+    assert [found.row for found in answer.admissions] == [0]
+    assert answer.refusals == [(1, RefusalReason.NO_BLOCKS), (2, RefusalReason.NO_BLOCKS)]
+
+
+@pytest.mark.parametrize(
+    "demand",
+    [
+        StepDemand(step=1, releases=(3,)),
+        StepDemand(step=1, extend_rows=ints([2]), extend_starts=ints([0]), extend_num_tokens=ints([1])),
+        StepDemand(step=1, extend_rows=ints([0]), extend_starts=ints([0]), extend_num_tokens=ints([0])),
+        StepDemand(step=1, commit_rows=ints([0]), commit_num_computed_tokens=ints([8])),
+        StepDemand(step=1, commit_rows=ints([0]), commit_num_computed_tokens=ints([80])),
+        StepDemand(step=1, forks=(Fork(0, 0, 1, "x", "r", 1),)),
+        StepDemand(step=1, admits=(Admit(NUM_ROWS, 1, "x", "r", ints([1])),)),
+        StepDemand(step=1, admits=(Admit(1, 1, "x", "r", ints([])),)),
+    ],
+)
+def test_a_broken_contract_changes_nothing(demand: StepDemand) -> None:
+    """A demand that cannot be meant raises and leaves every count as it was."""
+    manager = make_manager()
+    admit(manager, 0, [1] * 9, 1)
+    before = (manager.revision, manager.pool.num_available, manager.table(SESSION).num_computed.tolist())
+    with pytest.raises(BrokenContract):
+        manager.apply(SESSION, demand)
+    after = (manager.revision, manager.pool.num_available, manager.table(SESSION).num_computed.tolist())
+    assert after == before
+    assert check_integrity(manager) == []
