@@ -9,7 +9,7 @@ NODE_STAMP := node_modules/.stamp
 # Compiled kernels are kept between runs and shared among test processes.
 export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 
-.PHONY: help setup check format stubs test clean
+.PHONY: help setup check format stubs demo test clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -41,6 +41,9 @@ format: $(STAMP) ## format and fix what can be fixed
 
 stubs: $(STAMP) ## generate the stubs from the protos
 	$(BIN)/python tools/generate_stubs.py
+
+demo: $(STAMP) ## three services, the demo model, a look at the pool
+	@$(BIN)/quire demo
 
 test: $(STAMP) ## the whole test suite
 	$(BIN)/python -m pytest

@@ -92,9 +92,7 @@ class ComputeSettings(CommonSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="element type of weights and KV cache; auto: the checkpoint's own"
     )
-    block_size: BlockSize = Field(
-        16, description="token slots a block"
-    )
+    block_size: BlockSize = Field(16, description="token slots a block")
     max_model_len: PositiveInt | None = Field(
         None, description="longest sequence served, in tokens; unset: the model's own limit"
     )
@@ -128,16 +126,16 @@ class UpSettings(CommonSettings):
     """Settings of all three services together."""
 
     listen: str = Field("127.0.0.1:7071", description="address of the router, host:port")
-    model: str = Field("demo", description="folder or hub name of the checkpoint; demo: the packaged one")
+    model: str = Field(
+        "demo", description="folder or hub name of the checkpoint; demo: the packaged one"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="element type of weights and KV cache; auto: the checkpoint's own"
     )
     memory_budget: ByteSize = Field(
         DEFAULT_MEMORY_BUDGET, description="size of the KV pool, e.g. 512MiB"
     )
-    block_size: BlockSize = Field(
-        16, description="token slots a block"
-    )
+    block_size: BlockSize = Field(16, description="token slots a block")
     max_num_seqs: PositiveInt = Field(64, description="sequences that run at once")
     max_num_batched_tokens: PositiveInt = Field(512, description="token budget of a step")
     max_model_len: PositiveInt | None = Field(

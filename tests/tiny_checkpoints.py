@@ -26,7 +26,12 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MOE = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 WINDOWED = {"sliding_window": 9}
 
 SERVED: dict[str, dict[str, Any]] = {
@@ -63,7 +68,9 @@ SERVED: dict[str, dict[str, Any]] = {
 def make_checkpoint(folder: Path, model_type: str, **overrides: Any) -> Path:
     """Write config, weights and a byte-level tokenizer of a model type into `folder`."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**COMMON, **SERVED.get(model_type, {}), **overrides})
+    config = AutoConfig.for_model(
+        model_type, **{**COMMON, **SERVED.get(model_type, {}), **overrides}
+    )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -6,12 +6,15 @@ import os
 import sys
 
 from quire import __version__
+from quire.cli.demo import demo
 from quire.cli.up import up
 
 _SERVICES = {"memory": "memory_service", "compute": "compute_service", "router": "router"}
+_COMMANDS = {"up": up, "demo": demo}
 _USAGE = """usage: quire COMMAND [flags]
 
   up        start memory, compute and router, supervised; one ready line with every address
+  demo      show all of it with the packaged model, then end
   memory    start the memory service alone
   compute   start the compute service alone
   router    start the router alone
@@ -23,8 +26,8 @@ _USAGE = """usage: quire COMMAND [flags]
 def main() -> int:
     """Entry point of the `quire` script; the process's exit status."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
-    if command == "up":
-        return up(arguments)
+    if command in _COMMANDS:
+        return _COMMANDS[command](arguments)
     if command in _SERVICES:
         # The process becomes the service, so that its signals and exit status are the service's own.
         module = [sys.executable, "-m", _SERVICES[command]]

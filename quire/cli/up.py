@@ -39,7 +39,9 @@ class _Children:
 
     def ended(self) -> str | None:
         """A service that ended by itself."""
-        return next((name for name, child in self.running.items() if child.poll() is not None), None)
+        return next(
+            (name for name, child in self.running.items() if child.poll() is not None), None
+        )
 
     def stop(self) -> None:
         """End router, compute, memory; whoever does not end in time is killed."""
@@ -82,7 +84,7 @@ async def _run(settings: UpSettings, folder: Path, children: _Children) -> int:
     if not await _wait_until_ready(addresses["router"], stop, children):
         return _ended(children)
     print("ready", *(f"{name}={address}" for name, address in addresses.items()), flush=True)
-    while not stop.is_set() and children.ended() is None:
+    while not stop.is_set() and children.ended() is None:  # noqa: ASYNC110 -- children end without an event
         await asyncio.sleep(_POLL_S)
     return _ended(children)
 
@@ -99,7 +101,7 @@ def _ended(children: _Children) -> int:
 def _start(
     settings: UpSettings, folder: Path, addresses: dict[str, str], children: _Children
 ) -> None:
-    logs = {"log_level": settings.log_level, "log_format": settings.log_format}
+    logs: dict[str, str] = {"log_level": settings.log_level, "log_format": settings.log_format}
     children.start(
         "memory_service",
         _flags(
@@ -158,7 +160,9 @@ async def _wait_until_ready(address: str, stop: asyncio.Event, children: _Childr
         stub = health_pb2_grpc.HealthStub(channel)
         while not stop.is_set() and children.ended() is None:
             try:
-                answer = await stub.Check(health_pb2.HealthCheckRequest(service="readiness"), timeout=1)
+                answer = await stub.Check(  # type: ignore[attr-defined]
+                    health_pb2.HealthCheckRequest(service="readiness"), timeout=1
+                )
             except grpc.aio.AioRpcError:
                 await asyncio.sleep(_POLL_S)
                 continue

@@ -56,7 +56,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.sequences: dict[int, NaiveSequence] = {}
         self.step = 0
         self.acknowledged = 0
-        self.queue: list[tuple[int, list, list]] = []  # (step, copies, [(row sequence, table, begin, end)])
+        self.queue: list[
+            tuple[int, list, list]
+        ] = []  # (step, copies, [(row sequence, table, begin, end)])
         self.rng = np.random.default_rng(0)
 
     def _device_runs(self) -> None:
@@ -101,7 +103,9 @@ class PoolMachine(RuleBasedStateMachine):
         budget=st.integers(0, 20),
         watermark=st.integers(0, 3),
     )
-    def run_step(self, data: st.DataObject, admit_lengths: list[int], budget: int, watermark: int) -> None:
+    def run_step(
+        self, data: st.DataObject, admit_lengths: list[int], budget: int, watermark: int
+    ) -> None:
         self.step += 1
         rows, counts, token_ids = self._commits()
         releases = [row for row in list(self.sequences) if data.draw(st.integers(0, 5)) == 0]
@@ -169,7 +173,9 @@ class PoolMachine(RuleBasedStateMachine):
         by_row = {admit.row: admit for admit in admits}
         for admission in answer.admissions:
             tokens = by_row[admission.row].token_ids.tolist()
-            found = NaiveSequence(tokens, admission.num_cached_tokens, admission.block_table.tolist())
+            found = NaiveSequence(
+                tokens, admission.num_cached_tokens, admission.block_table.tolist()
+            )
             found.in_flight = [(self.step, admission.num_scheduled_tokens)]
             self.sequences[admission.row] = found
             begin = admission.num_cached_tokens
@@ -196,12 +202,16 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 PoolMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("QUIRE_TEST_EXAMPLES", "150")), stateful_step_count=25, deadline=None
+    max_examples=int(os.environ.get("QUIRE_TEST_EXAMPLES", "150")),
+    stateful_step_count=25,
+    deadline=None,
 )
 test_every_slot_holds_what_its_readers_expect = PoolMachine.TestCase
 
 
-def admit(manager: BlockManager, row: int, tokens: list[int], step: int, budget: int = 99) -> StepAnswer:
+def admit(
+    manager: BlockManager, row: int, tokens: list[int], step: int, budget: int = 99
+) -> StepAnswer:
     demand = StepDemand(
         step=step, admits=(Admit(row, 1, f"s{row}", "r", ints(tokens)),), admit_token_budget=budget
     )
@@ -247,8 +257,12 @@ def test_scarcity_is_a_refusal_and_ends_the_admissions() -> None:
     "demand",
     [
         StepDemand(step=1, releases=(3,)),
-        StepDemand(step=1, extend_rows=ints([2]), extend_starts=ints([0]), extend_num_tokens=ints([1])),
-        StepDemand(step=1, extend_rows=ints([0]), extend_starts=ints([0]), extend_num_tokens=ints([0])),
+        StepDemand(
+            step=1, extend_rows=ints([2]), extend_starts=ints([0]), extend_num_tokens=ints([1])
+        ),
+        StepDemand(
+            step=1, extend_rows=ints([0]), extend_starts=ints([0]), extend_num_tokens=ints([0])
+        ),
         StepDemand(step=1, commit_rows=ints([0]), commit_num_computed_tokens=ints([8])),
         StepDemand(step=1, commit_rows=ints([0]), commit_num_computed_tokens=ints([80])),
         StepDemand(step=1, forks=(Fork(0, 0, 1, "x", "r", 1),)),
@@ -260,9 +274,17 @@ def test_a_broken_contract_changes_nothing(demand: StepDemand) -> None:
     """A demand that cannot be meant raises and leaves every count as it was."""
     manager = make_manager()
     admit(manager, 0, [1] * 9, 1)
-    before = (manager.revision, manager.pool.num_available, manager.table(SESSION).num_computed.tolist())
+    before = (
+        manager.revision,
+        manager.pool.num_available,
+        manager.table(SESSION).num_computed.tolist(),
+    )
     with pytest.raises(BrokenContract):
         manager.apply(SESSION, demand)
-    after = (manager.revision, manager.pool.num_available, manager.table(SESSION).num_computed.tolist())
+    after = (
+        manager.revision,
+        manager.pool.num_available,
+        manager.table(SESSION).num_computed.tolist(),
+    )
     assert after == before
     assert check_integrity(manager) == []

@@ -51,7 +51,9 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def complete(stub: router_pb2_grpc.RouterServiceStub, prompt: list[int], n: int = 1) -> list[list[int]]:
+def complete(
+    stub: router_pb2_grpc.RouterServiceStub, prompt: list[int], n: int = 1
+) -> list[list[int]]:
     request = router_pb2.GenerateRequest(
         tokens=router_pb2.TokenIds(ids=prompt),
         sampling=router_pb2.SamplingParams(temperature=0, num_samples=n),
@@ -77,13 +79,18 @@ def test_greedy_tokens_equal_transformers(model_type: str, tmp_path: Path) -> No
     oracle = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     generator = torch.Generator().manual_seed(1)
     lengths = [1, 5, 16, 33, 70, 150]
-    prompts = [
-        torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths
-    ]
+    prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
     # A pool of 40 blocks cannot hold all of these at once: some are preempted.
     block_bytes = _block_bytes(oracle.config)
     budget = 45 * block_bytes + 3 * 2 * 4096
-    flags = ["--max-num-batched-tokens", "32", "--memory-budget", str(budget), "--max-model-len", "400"]
+    flags = [
+        "--max-num-batched-tokens",
+        "32",
+        "--memory-budget",
+        str(budget),
+        "--max-model-len",
+        "400",
+    ]
     with trio(folder, *flags, "--dtype", "float32", "--log-level", "warning") as addresses:
         with grpc.insecure_channel(addresses["router"]) as channel:
             stub = router_pb2_grpc.RouterServiceStub(channel)

@@ -163,7 +163,9 @@ class SessionWelcome(_message.Message):
     SEQUENCES_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_ENABLED_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
-    """Rises by one with every stream of this session; every step must name it. Steps of a lower one are refused."""
+    """Rises with every stream that the service opens, of any session; every step must name it. Steps of a lower one are
+    refused.
+    """
     last_applied_step: _builtins.int
     """Number of the last step that was applied for this session, 0 if none."""
     block_size: _builtins.int
