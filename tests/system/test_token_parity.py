@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import signal
-import socket
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import grpc
 import pytest
 import torch
+from processes import running_quire
 from tiny_checkpoints import SERVED, VOCAB_SIZE, make_checkpoint
 from transformers import AutoModelForCausalLM
 
-from protos.memory.v1 import inspection_pb2, inspection_pb2_grpc
-from protos.router.v1 import router_pb2, router_pb2_grpc
+from protos.memory.v1 import inspection_pb2
+from protos.router.v1 import router_pb2
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from pathlib import Path
+
+    from protos.router.v1 import router_pb2_grpc
 
 NUM_TOKENS = 64
 NEAR_TIE = 1e-3
-
-
-@contextmanager
-def trio(model: Path, *flags: str) -> Iterator[dict[str, str]]:
-    """Three processes; addresses by service."""
-    quire = str(Path(sys.executable).with_name("quire"))
-    command = [quire, "up", "--model", str(model), "--listen", f"127.0.0.1:{_free_port()}", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("ready "), line
-        yield dict(part.split("=", 1) for part in line.split()[1:])
-    finally:
-        process.send_signal(signal.SIGTERM)
-        status = process.wait(60)
-        process.stdout.close()
-    assert status == 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def complete(
@@ -91,24 +63,19 @@ def test_greedy_tokens_equal_transformers(model_type: str, tmp_path: Path) -> No
         "--max-model-len",
         "400",
     ]
-    with trio(folder, *flags, "--dtype", "float32", "--log-level", "warning") as addresses:
-        with grpc.insecure_channel(addresses["router"]) as channel:
-            stub = router_pb2_grpc.RouterServiceStub(channel)
-            for prompt in prompts:
-                check_tokens(oracle, prompt, complete(stub, prompt)[0])
-            with ThreadPoolExecutor(12) as pool:
-                for prompt, found in zip(
-                    prompts * 2, pool.map(lambda p: complete(stub, p), prompts * 2), strict=True
-                ):
-                    check_tokens(oracle, prompt, found[0])
-            for found in complete(stub, prompts[3], n=4):
-                check_tokens(oracle, prompts[3], found)
-        with grpc.insecure_channel(addresses["memory"]) as channel:
-            inspection = inspection_pb2_grpc.InspectionServiceStub(channel)
-            pool_state = inspection.GetPool(inspection_pb2.GetPoolRequest(), timeout=5)
-            assert int(pool_state.num_prefix_hit_tokens) > 0
-            checked = inspection.CheckIntegrity(inspection_pb2.CheckIntegrityRequest(), timeout=5)
-            assert list(checked.findings) == []
+    with running_quire(folder, *flags, "--dtype", "float32", "--log-level", "warning") as quire:
+        for prompt in prompts:
+            check_tokens(oracle, prompt, complete(quire.router, prompt)[0])
+        with ThreadPoolExecutor(12) as pool:
+            crowd = list(pool.map(lambda prompt: complete(quire.router, prompt), prompts * 2))
+        for prompt, found in zip(prompts * 2, crowd, strict=True):
+            check_tokens(oracle, prompt, found[0])
+        for sample in complete(quire.router, prompts[3], n=4):
+            check_tokens(oracle, prompts[3], sample)
+        state = quire.inspection.GetPool(inspection_pb2.GetPoolRequest(), timeout=5)
+        assert int(state.num_prefix_hit_tokens) > 0
+        checked = quire.inspection.CheckIntegrity(inspection_pb2.CheckIntegrityRequest(), timeout=5)
+        assert list(checked.findings) == []
 
 
 def _block_bytes(config: Any) -> int:
