@@ -26,8 +26,9 @@ from kernels.launcher import Kernels
 from quire import demo_model, logs
 from quire.descriptor import DescriptorRefusedError
 from quire.errors import QuireError
-from quire.serving import StartupError
-from quire.settings import ComputeSettings, load
+from quire.serving import StartupError, end_with_parent
+from quire.settings import ComputeSettings
+from quire.settings_loader import load
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -46,6 +47,7 @@ def main() -> int:
     settings = load(ComputeSettings, sys.argv[1:], prog="quire compute")
     logs.configure(settings.log_level, settings.log_format, "compute")
     _at_stop(_raise_stopped)
+    end_with_parent(settings.parent_pid)
     try:
         _serve(settings)
     except _StoppedWhileLoading:

@@ -17,7 +17,8 @@ from memory_service.sessions import Sessions
 from protos.memory.v1 import inspection_pb2_grpc, memory_pb2_grpc, pool_pb2_grpc
 from quire import logs, serving
 from quire.errors import NoPool
-from quire.settings import MemorySettings, load
+from quire.settings import MemorySettings
+from quire.settings_loader import load
 
 _SERVICES = (
     "quire.memory.v1.MemoryService",
@@ -44,6 +45,7 @@ def main() -> int:
 async def _serve(settings: MemorySettings) -> None:
     stop = asyncio.Event()
     serving.install_stop_signals(asyncio.get_running_loop(), stop)
+    serving.end_with_parent(settings.parent_pid)
     registry = PoolRegistry(
         settings.memory_budget,
         state_dir=settings.state_dir,
@@ -53,7 +55,7 @@ async def _serve(settings: MemorySettings) -> None:
         registry,
         clock=time.monotonic,
         lease_ttl_s=settings.lease_ttl_s,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_rows=settings.max_num_rows,
     )
     server, reporter = serving.create_server(), serving.HealthReporter()
     memory_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(registry, sessions), server)

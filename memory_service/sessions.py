@@ -26,11 +26,11 @@ class Sessions:
         *,
         clock: Callable[[], float],
         lease_ttl_s: float,
-        max_num_seqs: int,
+        max_num_rows: int,
     ) -> None:
         self._registry = registry
         self._leases = SessionRegistry(clock, lease_ttl_s)
-        self._max_num_seqs = max_num_seqs
+        self._max_num_rows = max_num_rows
         registry.when_replaced(self.end_all)
 
     def __len__(self) -> int:
@@ -76,12 +76,12 @@ class Sessions:
 
     def _check_rows(self, session_id: str, max_num_rows: int) -> None:
         others = sum(found.max_num_rows for found in self._leases if found.session_id != session_id)
-        if others + max_num_rows > self._max_num_seqs:
+        if others + max_num_rows > self._max_num_rows:
             message = (
                 f"{max_num_rows} rows beside {others} of other sessions are more than "
-                f"--max-num-seqs {self._max_num_seqs}"
+                f"--max-num-rows {self._max_num_rows}"
             )
-            raise TooManySequences(message, metadata={"max_num_seqs": self._max_num_seqs})
+            raise TooManySequences(message, metadata={"max_num_rows": self._max_num_rows})
 
     def apply(self, session: Session, generation: int, demand: StepDemand) -> StepAnswer:
         """Apply one step; raises SessionFenced or BrokenContract, with nothing applied."""

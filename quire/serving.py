@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import fcntl
 import os
 import secrets
 import signal
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_UNIX_PATH_BYTES = 107
 UNIX_PREFIX = "unix:"
+_PR_SET_PDEATHSIG = 1
 PROBE_SERVICES = ("", "startup", "liveness", "readiness")
 
 CHANNEL_OPTIONS = (
@@ -259,6 +262,18 @@ class HealthReporter:
         status = answers.SERVING if serving else answers.NOT_SERVING
         for name in self._services:
             await self._servicer.set(name, status)
+
+
+def end_with_parent(parent_pid: int | None) -> None:
+    """Have the kernel send SIGTERM to this process when its parent ends, however that ends (Linux; elsewhere nothing).
+
+    The signal comes when the parent's thread that started us ends: the main thread, in `quire up`.
+    """
+    if parent_pid is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it ended before we asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def install_stop_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:

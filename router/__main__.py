@@ -11,7 +11,8 @@ import structlog
 
 from protos.router.v1 import router_pb2_grpc
 from quire import logs, serving
-from quire.settings import RouterSettings, load
+from quire.settings import RouterSettings
+from quire.settings_loader import load
 from router.node import Node
 from router.servicer import RouterServicer
 
@@ -38,6 +39,7 @@ def main() -> int:
 async def _serve(settings: RouterSettings) -> None:
     stop = asyncio.Event()
     serving.install_stop_signals(asyncio.get_running_loop(), stop)
+    serving.end_with_parent(settings.parent_pid)
     # The addresses are claimed before anything is waited for: a taken port shows at once.
     server = serving.create_server()
     addresses = [serving.bind(server, address) for address in settings.listen]

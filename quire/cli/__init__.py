@@ -1,16 +1,15 @@
-"""The command line: `quire up` starts all three services, `quire memory|compute|router` one."""
+"""The command line: services, and commands that talk to them. Each command's module is imported when it is called."""
 
 from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 
 from quire import __version__
-from quire.cli.demo import demo
-from quire.cli.up import up
 
 _SERVICES = {"memory": "memory_service", "compute": "compute_service", "router": "router"}
-_COMMANDS = {"up": up, "demo": demo}
+_COMMANDS = ("up", "demo", "generate", "chat", "inspect")
 _USAGE = """usage: quire COMMAND [flags]
 
   up        start memory, compute and router, supervised; one ready line with every address
@@ -18,6 +17,9 @@ _USAGE = """usage: quire COMMAND [flags]
   memory    start the memory service alone
   compute   start the compute service alone
   router    start the router alone
+  generate  continue a text
+  chat      talk to the model
+  inspect   look into the pool: pool, sequences, sequence ID, integrity
   version   print the version
 
 `quire COMMAND --help` lists the flags of a command."""
@@ -27,7 +29,8 @@ def main() -> int:
     """Entry point of the `quire` script; the process's exit status."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if command in _COMMANDS:
-        return _COMMANDS[command](arguments)
+        status: int = getattr(import_module(f"quire.cli.{command}"), command)(arguments)
+        return status
     if command in _SERVICES:
         # The process becomes the service, so that its signals and exit status are the service's own.
         module = [sys.executable, "-m", _SERVICES[command]]

@@ -1,164 +1,152 @@
-"""`quire up`: the three services as child processes, started in order, ended in order."""
+"""`quire up`: the three services as child processes."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
-import signal
-import subprocess
+import socket
 import sys
-import tempfile
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from quire.serving import StartupError, check_port_is_free
-from quire.settings import UpSettings, load
+from quire import logs
+from quire.run_folder import make_run_folder
+from quire.serving import UNIX_PREFIX, StartupError, check_port_is_free, install_stop_signals
+from quire.settings import (
+    ComputeSettings,
+    MemorySettings,
+    RouterSettings,
+    ServiceSettings,
+    UpSettings,
+)
+from quire.settings_loader import CONFIG_VARIABLE, load
+from quire.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
 _POLL_S = 0.1
-_STOP_GRACE_S = 15.0
-
-
-@dataclass(slots=True)
-class _Children:
-    """The running services, in the order of their start."""
-
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-
-    def start(self, module: str, arguments: Sequence[str]) -> None:
-        """Start a service; its logs go to our stderr."""
-        command = [sys.executable, "-m", module, *arguments]
-        # Ctrl-C reaches only this process, which ends the children in order.
-        self.running[module] = subprocess.Popen(command, start_new_session=True)  # noqa: S603 -- our own modules
-
-    def ended(self) -> str | None:
-        """A service that ended by itself."""
-        return next(
-            (name for name, child in self.running.items() if child.poll() is not None), None
-        )
-
-    def stop(self) -> None:
-        """End router, compute, memory; whoever does not end in time is killed."""
-        for child in reversed(self.running.values()):
-            child.send_signal(signal.SIGTERM)
-            try:
-                child.wait(_STOP_GRACE_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
+_KILL_GRACE_S = 5.0
 
 
 def up(argv: Sequence[str]) -> int:
-    """Run all three services until SIGTERM, SIGINT or the end of one; the process's exit status."""
+    """Run all three services until SIGTERM or SIGINT; the process's exit status."""
     settings = load(UpSettings, argv, prog="quire up")
+    logs.configure(settings.log_level, settings.log_format, "up")
     try:
-        check_port_is_free(settings.listen)
+        listen = _claimable(settings.listen)
+        folder = make_run_folder(listen)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    folder = Path(tempfile.mkdtemp(prefix="quire-"))
-    children = _Children()
+    # The children get every setting as a flag; the file is ours, with keys that a single service does not know.
+    environment = {key: value for key, value in os.environ.items() if key != CONFIG_VARIABLE}
+    supervisor = Supervisor(environment, settings.shutdown_grace_s + _KILL_GRACE_S)
+    addresses = {
+        "router": listen,
+        "memory": f"{UNIX_PREFIX}{folder / 'memory.sock'}",
+        "compute": f"{UNIX_PREFIX}{folder / 'compute.sock'}",
+    }
     try:
-        return asyncio.run(_run(settings, folder, children))
+        return asyncio.run(_run(settings, folder, addresses, supervisor))
     finally:
-        children.stop()
+        supervisor.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _run(settings: UpSettings, folder: Path, children: _Children) -> int:
+def _claimable(address: str) -> str:
+    """`address` with a port that is free now, chosen when it is 0; raises StartupError."""
+    if address.startswith(UNIX_PREFIX):
+        return address
+    check_port_is_free(address)
+    host, _, port = address.rpartition(":")
+    if port != "0":
+        return address
+    with socket.create_server((host, 0)) as probe:
+        return f"{host}:{probe.getsockname()[1]}"
+
+
+async def _run(
+    settings: UpSettings, folder: Path, addresses: dict[str, str], supervisor: Supervisor
+) -> int:
     stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    addresses = {
-        "router": settings.listen,
-        "memory": f"unix:{folder / 'memory.sock'}",
-        "compute": f"unix:{folder / 'compute.sock'}",
-    }
-    _start(settings, folder, addresses, children)
-    if not await _wait_until_ready(addresses["router"], stop, children):
-        return _ended(children)
-    print("ready", *(f"{name}={address}" for name, address in addresses.items()), flush=True)
-    while not stop.is_set() and children.ended() is None:  # noqa: ASYNC110 -- children end without an event
-        await asyncio.sleep(_POLL_S)
-    return _ended(children)
-
-
-def _ended(children: _Children) -> int:
-    name = children.ended()
-    if name is None:
+    install_stop_signals(asyncio.get_running_loop(), stop)
+    _start(settings, folder, addresses, supervisor)
+    why = await _wait_until_ready(addresses["router"], stop, supervisor)
+    if why is None and not stop.is_set():
+        print("ready", *(f"{name}={address}" for name, address in addresses.items()), flush=True)
+        why = await _watch(stop, supervisor)
+    if why is None:
         return 0
-    status = children.running[name].returncode
-    print(f"error: {name} ended with status {status}", file=sys.stderr)
+    # A service that ends with status 1 has said why.
+    if not why.endswith(" ended with status 1"):
+        print(f"error: {why}", file=sys.stderr)
     return 1
 
 
+async def _watch(stop: asyncio.Event, supervisor: Supervisor) -> str | None:
+    """Keep the children running until `stop`; why that cannot be done, in words, or None."""
+    while not stop.is_set():
+        why = supervisor.restart_ended()
+        if why is not None:
+            return why
+        await asyncio.sleep(_POLL_S)
+    return None
+
+
 def _start(
-    settings: UpSettings, folder: Path, addresses: dict[str, str], children: _Children
+    settings: UpSettings, folder: Path, addresses: dict[str, str], supervisor: Supervisor
 ) -> None:
-    logs: dict[str, str] = {"log_level": settings.log_level, "log_format": settings.log_format}
-    children.start(
+    memory, compute = addresses["memory"], addresses["compute"]
+    descriptor_socket = folder / "descriptor.sock"
+    supervisor.start(
         "memory_service",
-        _flags(
-            logs,
-            listen=addresses["memory"],
-            descriptor_socket=folder / "descriptor.sock",
-            memory_budget=int(settings.memory_budget),
-            state_dir=settings.state_dir,
-            prefix_cache=settings.prefix_cache,
-        ),
+        _flags(settings, MemorySettings, listen=memory, descriptor_socket=descriptor_socket),
+        may_restart=False,
     )
-    children.start(
+    supervisor.start(
         "compute_service",
-        _flags(
-            logs,
-            listen=addresses["compute"],
-            memory_address=addresses["memory"],
-            model=settings.model,
-            dtype=settings.dtype,
-            block_size=settings.block_size,
-            max_model_len=settings.max_model_len,
-            num_threads=settings.num_threads,
-            trust_remote_code=settings.trust_remote_code,
-        ),
+        _flags(settings, ComputeSettings, listen=compute, memory_address=memory),
+        may_restart=True,
     )
-    children.start(
+    supervisor.start(
         "router",
         _flags(
-            logs,
+            settings,
+            RouterSettings,
             listen=addresses["router"],
-            memory_address=addresses["memory"],
-            compute_address=addresses["compute"],
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            watermark=settings.watermark,
-            queue_limit=settings.queue_limit,
-            served_model_name=settings.served_model_name,
+            memory_address=memory,
+            compute_address=compute,
         ),
+        may_restart=True,
     )
 
 
-def _flags(logs: dict[str, str], **settings: object) -> list[str]:
+def _flags(settings: UpSettings, cls: type[ServiceSettings], **own: object) -> list[str]:
+    """Flags of a service: what `quire up` was told of its settings, and its own addresses."""
+    shared = cls.model_fields.keys() & UpSettings.model_fields.keys() - {"parent_pid"}
     flags: list[str] = []
-    for name, value in {**logs, **settings}.items():
+    for name, value in ({name: getattr(settings, name) for name in sorted(shared)} | own).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            flags += [f"--{flag}", str(value)]
+            # ByteSize prints in rounded units.
+            flags += [f"--{flag}", str(int(value) if isinstance(value, int) else value)]
     return flags
 
 
-async def _wait_until_ready(address: str, stop: asyncio.Event, children: _Children) -> bool:
-    """Ask the router's health until it serves; False when something ended first."""
+async def _wait_until_ready(
+    address: str, stop: asyncio.Event, supervisor: Supervisor
+) -> str | None:
+    """Ask the router's health until it serves or `stop` is set; why something ended first, in words, or None."""
     async with grpc.aio.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
-        while not stop.is_set() and children.ended() is None:
+        while not stop.is_set() and (why := supervisor.ended()) is None:
             try:
                 answer = await stub.Check(  # type: ignore[attr-defined]
                     health_pb2.HealthCheckRequest(service="readiness"), timeout=1
@@ -167,6 +155,6 @@ async def _wait_until_ready(address: str, stop: asyncio.Event, children: _Childr
                 await asyncio.sleep(_POLL_S)
                 continue
             if answer.status == health_pb2.HealthCheckResponse.SERVING:
-                return True
+                return None
             await asyncio.sleep(_POLL_S)
-    return False
+        return why if not stop.is_set() else None

@@ -7,4 +7,4 @@ from pathlib import Path
 
 def path() -> Path:
     """Folder of the checkpoint: config, tokenizer, safetensors."""
-    return Path(__file__).with_name("checkpoint")
+    return Path(__file__).with_name("quire-demo")

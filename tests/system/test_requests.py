@@ -8,26 +8,14 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from processes import Quire, running_quire
+from processes import Quire, assert_pool_is_idle
 
 from protos.memory.v1 import inspection_pb2
 from protos.router.v1 import router_pb2 as pb
-from quire import demo_model
 from quire.rpc_status import from_rpc_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from quire.errors import QuireError
-
-FLAGS = ("--memory-budget", "4MiB", "--max-model-len", "1024", "--log-level", "warning")
-
-
-@pytest.fixture(scope="module")
-def quire() -> Iterator[Quire]:
-    """The three services with the demo model."""
-    with running_quire(demo_model.path(), *FLAGS) as found:
-        yield found
 
 
 def request(text: str = "import os", num_tokens: int = 16, **sampling: float) -> pb.GenerateRequest:
@@ -46,15 +34,6 @@ def error_of(quire: Quire, message: pb.GenerateRequest) -> QuireError:
     with pytest.raises(grpc.RpcError) as caught:
         complete(quire, message)
     return from_rpc_error(caught.value)
-
-
-def assert_pool_is_idle(quire: Quire) -> None:
-    deadline = time.monotonic() + 10
-    while (pool := quire.inspection.GetPool(inspection_pb2.GetPoolRequest())).num_used_blocks:
-        assert time.monotonic() < deadline, f"{pool.num_used_blocks} blocks leaked"
-        time.sleep(0.05)
-    checked = quire.inspection.CheckIntegrity(inspection_pb2.CheckIntegrityRequest())
-    assert list(checked.findings) == []
 
 
 @pytest.mark.parametrize(

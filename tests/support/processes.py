@@ -6,14 +6,17 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
+import psutil
+import pytest
 
-from protos.memory.v1 import inspection_pb2_grpc
+from protos.memory.v1 import inspection_pb2, inspection_pb2_grpc
 from protos.router.v1 import router_pb2_grpc
 
 if TYPE_CHECKING:
@@ -26,9 +29,26 @@ QUIRE = str(Path(sys.executable).with_name("quire"))
 class Quire:
     """Running services and stubs to talk to them."""
 
+    process: subprocess.Popen[str]
     router: router_pb2_grpc.RouterServiceStub
     inspection: inspection_pb2_grpc.InspectionServiceStub
     addresses: dict[str, str]
+
+
+def children_of(quire: Quire) -> dict[str, psutil.Process]:
+    """The processes of the services, by the name of their package."""
+    found = psutil.Process(quire.process.pid).children()
+    return {child.cmdline()[2]: child for child in found}
+
+
+def assert_pool_is_idle(quire: Quire) -> None:
+    """No used block within ten seconds, and the books agree."""
+    deadline = time.monotonic() + 10
+    while (pool := quire.inspection.GetPool(inspection_pb2.GetPoolRequest())).num_used_blocks:
+        assert time.monotonic() < deadline, f"{pool.num_used_blocks} blocks leaked"
+        time.sleep(0.05)
+    checked = quire.inspection.CheckIntegrity(inspection_pb2.CheckIntegrityRequest())
+    assert list(checked.findings) == []
 
 
 def free_port() -> int:
@@ -40,7 +60,7 @@ def free_port() -> int:
 @contextmanager
 def running_quire(model: Path, *flags: str) -> Iterator[Quire]:
     """`quire up` with `model`; must end well when it is told to."""
-    command = [QUIRE, "up", "--model", str(model), "--listen", f"127.0.0.1:{free_port()}", *flags]
+    command = [QUIRE, "up", "--model", str(model), "--listen", "127.0.0.1:0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:
@@ -52,11 +72,14 @@ def running_quire(model: Path, *flags: str) -> Iterator[Quire]:
             grpc.insecure_channel(addresses["memory"]) as to_memory,
         ):
             yield Quire(
+                process,
                 router_pb2_grpc.RouterServiceStub(to_router),
                 inspection_pb2_grpc.InspectionServiceStub(to_memory),
                 addresses,
             )
     finally:
+        if process.poll() is not None:
+            pytest.fail(f"quire up ended early with status {process.returncode}")
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
         process.stdout.close()
