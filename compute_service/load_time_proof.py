@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ _CUTS = (
     (10, 11),
 )  # chunks in which the probe runs again: two prefill chunks and a decode
 _BLOCK_SIZE = 4
+_NUM_PROBE_BLOCKS = -(-_NUM_PROBE_TOKENS // _BLOCK_SIZE)
 _WINDOW_FIELDS = ("sliding_window", "attention_chunk_size", "sliding_window_size", "window_size")
 # Largest difference of logits, as a share of the largest logit.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
@@ -91,8 +93,13 @@ class _Recorder:
         return mask
 
 
-def prove(model: nn.Module, device: torch.device) -> tuple[LayerGeometry, ...]:
+def prove(model: nn.Module, device: torch.device, max_model_len: int) -> tuple[LayerGeometry, ...]:
     """Geometry of each KV layer; leaves the model with our attention in place.
+
+    Args:
+        model: loaded, with its own eager attention.
+        device: where it is.
+        max_model_len: longest sequence that will be served, in tokens.
 
     Raises:
         ModelRefused: when anything differs.
@@ -102,10 +109,27 @@ def prove(model: nn.Module, device: torch.device) -> tuple[LayerGeometry, ...]:
     vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     token_ids = torch.randint(min(1000, vocab_size), (_NUM_PROBE_TOKENS,), generator=generator)
     token_ids = token_ids.to(device)
-    expected = _own_logits(model, token_ids)
-    layers = _check_calls(model, _record(model, token_ids))
-    _check_logits(model, layers, token_ids, expected)
+    with _refusing("it does not run"):
+        expected = _own_logits(model, token_ids)
+    with _refusing("it does not run with another attention"):
+        recorder = _record(model, token_ids)
+    layers = _check_calls(model, recorder)
+    with _refusing("it does not run through block tables"):
+        _check_logits(model, layers, token_ids, expected)
+        _check_neighbours(model, layers, token_ids, max_model_len)
     return layers
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever a model's code raises, it is refused in one sentence."""
+    try:
+        yield
+    except ModelRefused:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelRefused(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 @torch.inference_mode()
@@ -139,11 +163,6 @@ def _record(model: nn.Module, token_ids: Tensor) -> _Recorder:
                 use_cache=False,
                 paged=recorder,
             )
-        except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ModelRefused(
-                f"the model does not run with another attention: {reason}"
-            ) from error
         finally:
             model.set_attn_implementation(NAME)  # type: ignore[operator]
     return recorder
@@ -171,9 +190,11 @@ def _check_call(call: _Call, recorder: _Recorder, config: object) -> None:
         raise ModelRefused(f"layer {call.layer_idx} masks attention in a way of its own")
     difference = _mask_difference(known[1], call.sliding_window, config)
     if difference is not None:
+        query, key = difference
+        window = f"a window of {call.sliding_window}" if call.sliding_window else "no window"
         raise ModelRefused(
-            f"layer {call.layer_idx} hides or shows other tokens than its sliding_window "
-            f"{call.sliding_window} says: position {difference[0]} to {difference[1]}"
+            f"layer {call.layer_idx} tells attention of {window}, but its mask decides otherwise whether "
+            f"position {query} sees position {key}"
         )
 
 
@@ -203,50 +224,98 @@ def _check_logits(
     model: nn.Module, layers: Sequence[LayerGeometry], token_ids: Tensor, expected: Tensor
 ) -> None:
     """Two copies of the probe, packed side by side and run in chunks, against the model's own logits."""
-    found = _paged_logits(model, layers, token_ids)
-    dtype = next(model.parameters()).dtype
-    allowed = _TOLERANCES[dtype] * float(expected.abs().max())
-    for logits in found:
-        difference = float((logits - expected).abs().max())
-        if not difference <= allowed:
+    for logits in _paged_logits(model, layers, token_ids):
+        difference = _excess(logits, expected, next(model.parameters()).dtype)
+        if difference is not None:
             raise ModelRefused(
                 f"through block tables its logits differ by {difference:.3g} from its own"
             )
 
 
-def _paged_logits(
+def _check_neighbours(
+    model: nn.Module, layers: Sequence[LayerGeometry], token_ids: Tensor, max_model_len: int
+) -> None:
+    """Beside a token at the last position that is served, the probe's logits must not change."""
+    forward, count, device = _probe_pass(model, layers, token_ids), len(token_ids), token_ids.device
+    tables = torch.arange(2 * _NUM_PROBE_BLOCKS, dtype=torch.int32, device=device).view(2, -1)
+    positions = torch.arange(count, device=device)
+    alone = forward(token_ids, positions, _batch(tables[:1], [(0, count)]), positions)
+    # Only the position is far away: what it attends to is one slot of its own.
+    last = torch.tensor([max_model_len - 1], device=device)
+    beside = forward(
+        torch.cat([token_ids[:1], token_ids]),
+        torch.cat([last, positions]),
+        _batch(tables.flip(0), [(0, 1), (0, count)]),
+        positions + 1,
+    )
+    difference = _excess(beside, alone, next(model.parameters()).dtype)
+    if difference is not None:
+        raise ModelRefused(
+            f"its logits change by {difference:.3g} when another sequence of {max_model_len} tokens runs beside; "
+            "a shorter --max-model-len may avoid that"
+        )
+
+
+def _excess(found: Tensor, expected: Tensor, dtype: torch.dtype) -> float | None:
+    """The largest difference when it is more than rounding."""
+    difference = float((found - expected).abs().max())
+    allowed = _TOLERANCES[dtype] * float(expected.abs().max())
+    return None if difference <= allowed else difference
+
+
+def _probe_pass(
     model: nn.Module, layers: Sequence[LayerGeometry], token_ids: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> ForwardPass:
+    """A pass over a pool that holds the probe twice."""
     dtype, device = next(model.parameters()).dtype, token_ids.device
-    num_blocks = -(-_NUM_PROBE_TOKENS // _BLOCK_SIZE)
+    shape = (2 * _NUM_PROBE_BLOCKS, _BLOCK_SIZE)
     caches = [
-        tuple(
-            torch.zeros(
-                2 * num_blocks, _BLOCK_SIZE, layer.num_kv_heads, size, dtype=dtype, device=device
-            )
-            for size in (layer.k_head_dim, layer.v_head_dim)
+        (
+            torch.zeros(*shape, layer.num_kv_heads, layer.k_head_dim, dtype=dtype, device=device),
+            torch.zeros(*shape, layer.num_kv_heads, layer.v_head_dim, dtype=dtype, device=device),
         )
         for layer in layers
     ]
-    forward = ForwardPass(model, Kernels.for_device(device), caches)  # type: ignore[arg-type]
-    tables = torch.arange(2 * num_blocks, dtype=torch.int32, device=device).view(2, -1)
-    chunks = [_run_chunk(forward, token_ids, tables, begin, end) for begin, end in _CUTS]
+    return ForwardPass(model, Kernels.for_device(device), caches)
+
+
+def _paged_logits(
+    model: nn.Module, layers: Sequence[LayerGeometry], token_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    forward = _probe_pass(model, layers, token_ids)
+    tables = torch.arange(2 * _NUM_PROBE_BLOCKS, dtype=torch.int32, device=token_ids.device)
+    chunks = [
+        _run_chunk(forward, token_ids, tables.view(2, -1), begin, end) for begin, end in _CUTS
+    ]
     return torch.cat([first for first, _ in chunks]), torch.cat([second for _, second in chunks])
 
 
 def _run_chunk(
     forward: ForwardPass, token_ids: Tensor, tables: Tensor, begin: int, end: int
 ) -> tuple[Tensor, Tensor]:
-    count, device = end - begin, token_ids.device
-    positions = torch.arange(begin, end, device=device)
-    slots = tables[:, positions // _BLOCK_SIZE].long() * _BLOCK_SIZE + positions % _BLOCK_SIZE
-    batch = PagedBatch(
-        block_tables=tables,
-        query_start=torch.tensor([0, count, 2 * count], dtype=torch.int32, device=device),
-        context_lens=torch.tensor([end, end], dtype=torch.int32, device=device),
-        slot_mapping=slots.flatten(),
-        num_decodes=2 if count == 1 else 0,
-    )
-    every = torch.arange(2 * count, device=device)
+    """Logits of `[begin, end)` in both copies."""
+    count = end - begin
+    positions = torch.arange(begin, end, device=token_ids.device)
+    batch = _batch(tables, [(begin, end), (begin, end)])
+    every = torch.arange(2 * count, device=token_ids.device)
     logits = forward(token_ids[begin:end].repeat(2), positions.repeat(2), batch, every)
     return logits[:count], logits[count:]
+
+
+def _batch(tables: Tensor, spans: Sequence[tuple[int, int]]) -> PagedBatch:
+    """Rows that run positions `[begin, end)` of the sequences whose tables are given."""
+    device = tables.device
+    counts = [end - begin for begin, end in spans]
+    slots = [
+        table[positions // _BLOCK_SIZE].long() * _BLOCK_SIZE + positions % _BLOCK_SIZE
+        for table, (begin, end) in zip(tables, spans, strict=True)
+        for positions in (torch.arange(begin, end, device=device),)
+    ]
+    starts = [0, *accumulate(counts)]
+    return PagedBatch(
+        block_tables=tables,
+        query_start=torch.tensor(starts, dtype=torch.int32, device=device),
+        context_lens=torch.tensor([end for _, end in spans], dtype=torch.int32, device=device),
+        slot_mapping=torch.cat(slots),
+        num_decodes=sum(count == 1 for count in counts),
+    )

@@ -63,7 +63,7 @@ def load_model(
     model = _load_weights(folder, dtype, device, trust_remote_code=trust_remote_code)
     _check_class(model)
     fix_longrope(model, served_len)
-    layers = prove(model, torch.device(device))
+    layers = prove(model, torch.device(device), served_len)
     return LoadedModel(
         folder=folder,
         model=model,
@@ -126,9 +126,14 @@ def _check_config(config: Any, text_config: Any) -> None:  # noqa: ANN401 -- see
     others = set(getattr(text_config, "layer_types", None) or ()) - _LAYER_TYPES
     if others:
         raise ModelRefused(f"it has layers of type {', '.join(sorted(others))}")
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if "dynamic" in str(rope.get("rope_type", "")):
+    if "dynamic" in _rope_types(getattr(text_config, "rope_parameters", None) or {}):
         raise ModelRefused("its RoPE scaling is dynamic: positions would depend on the neighbours")
+
+
+def _rope_types(parameters: dict[str, Any]) -> set[str]:
+    """Kinds of RoPE scaling, which may be given for each type of layer."""
+    each = [found for found in parameters.values() if isinstance(found, dict)] or [parameters]
+    return {str(found.get("rope_type", "default")) for found in each}
 
 
 def _load_weights(folder: Path, dtype: str, device: str, *, trust_remote_code: bool) -> nn.Module:

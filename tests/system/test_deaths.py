@@ -40,7 +40,7 @@ def complete_all(client: Client) -> list[list[int]]:
 
 
 def test_requests_survive_a_killed_compute_service(own_quire: Quire) -> None:
-    """After kill -9 of the compute service under load, `quire up` starts it again and every request ends with the same tokens."""
+    """After kill -9 of compute under load, `quire up` starts it again; every request ends with the same tokens."""
     with Client(own_quire.addresses["router"]) as client:
         expected = complete_all(client)
         with ThreadPoolExecutor(1) as pool:
