@@ -18,8 +18,8 @@ from compute_service.clients import AttachedPool, PoolIdentity, attach_pool
 from compute_service.engine import Engine
 from compute_service.forward import ForwardPass
 from compute_service.kv_pool import KvPool, map_pool
-from compute_service.load_time_proof import ModelRefused
 from compute_service.model_loader import LoadedModel, load_model
+from compute_service.refusal import ModelRefused
 from compute_service.server_thread import ServerThread
 from compute_service.servicer import ComputeServicer
 from kernels.launcher import Kernels

@@ -10,10 +10,12 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compute_service import attention
 from compute_service.fingerprint import fingerprint
-from compute_service.load_time_proof import ModelRefused, prove
+from compute_service.load_time_proof import prove
+from compute_service.refusal import ModelRefused, refusing
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,10 +105,8 @@ def _check_files(folder: Path) -> Path:
 
 
 def _load_config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 -- configs of transformers share no typed fields
-    try:
+    with refusing("its config cannot be read"):
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        raise ModelRefused(f"its config cannot be read: {_first_line(error)}") from error
 
 
 def _served_length(text_config: Any, wanted: int | None) -> int:  # noqa: ANN401 -- see _load_config
@@ -137,18 +137,22 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
 
 
 def _load_weights(folder: Path, dtype: str, device: str, *, trust_remote_code: bool) -> nn.Module:
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+    with refusing("it cannot be loaded"):
+        loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation="eager",
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
-    except (ValueError, OSError, KeyError, RuntimeError, ImportError) as error:
-        raise ModelRefused(f"it cannot be loaded: {_first_line(error)}") from error
-    loaded: nn.Module = model.to(device).eval()
-    return loaded
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        # transformers would go on with random numbers in their place.
+        raise ModelRefused(f"its files lack {len(missing)} weights, among them {missing[0]}")
+    ready: nn.Module = model.to(device).eval()
+    return ready
 
 
 def _check_class(model: nn.Module) -> None:
@@ -167,15 +171,15 @@ def fix_longrope(model: nn.Module, max_model_len: int) -> None:
     move everybody's positions.
     """
     for module in model.modules():
-        if getattr(module, "rope_type", None) != "longrope":
-            continue
-        config: Any = module.config
-        original = config.rope_parameters.get("original_max_position_embeddings")
-        compute: Any = module.rope_init_fn
-        length = max_model_len if max_model_len > original else None
-        inv_freq, module.attention_scaling = compute(config, module.inv_freq.device, seq_len=length)
-        module.register_buffer("inv_freq", inv_freq, persistent=False)
-        module.rope_type = "default"  # type: ignore[assignment]
+        if getattr(module, "rope_type", None) == "longrope":
+            _fix_rotary(module, max_model_len)
+
+
+def _fix_rotary(module: Any, max_model_len: int) -> None:  # noqa: ANN401 -- every model has a class of its own for it
+    module.inv_freq, module.attention_scaling = ROPE_INIT_FUNCTIONS["longrope"](
+        module.config, module.inv_freq.device, seq_len=max_model_len
+    )
+    module.rope_type = "default"
 
 
 def _eos_token_ids(model: nn.Module) -> tuple[int, ...]:
@@ -185,7 +189,3 @@ def _eos_token_ids(model: nn.Module) -> tuple[int, ...]:
     if found is None:
         return ()
     return tuple(found) if isinstance(found, list | tuple) else (int(found),)
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, logging
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 VOCAB_SIZE = 300
 COMMON: dict[str, Any] = {
@@ -33,6 +36,17 @@ MOE = {
     "moe_intermediate_size": 32,
 }
 WINDOWED = {"sliding_window": 9}
+# Trained to 64 tokens, stretched to 512.
+LONGROPE = {
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 6,
+        "long_factor": [2.0, 2.5, 3.0, 4.0, 5.0, 6.0],
+        "original_max_position_embeddings": 64,
+    },
+}
 
 SERVED: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -71,7 +85,8 @@ def make_checkpoint(folder: Path, model_type: str, **overrides: Any) -> Path:
     config = AutoConfig.for_model(
         model_type, **{**COMMON, **SERVED.get(model_type, {}), **overrides}
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
