@@ -138,7 +138,7 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
 
 def _load_weights(folder: Path, dtype: str, device: str, *, trust_remote_code: bool) -> nn.Module:
     with refusing("it cannot be loaded"):
-        loaded: tuple[Any, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             attn_implementation="eager",
