@@ -7,38 +7,23 @@ anything is applied.
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from memory_service.admission import Admitter
 from memory_service.block_pool import BlockPool
-from memory_service.demand import Admission, RefusalReason, StepAnswer
+from memory_service.demand import StepAnswer
 from memory_service.demand_check import DemandCheck
 from memory_service.sequence_table import Sequence, SequenceTable
+from memory_service.session_books import SessionBooks
+from memory_service.slots import SlotAllocator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from memory_service.block_hash import BlockHash, BlockHasher
-    from memory_service.demand import Admit, Fork, IntArray, StepDemand
-
-
-@dataclass(slots=True)
-class SessionBooks:
-    """What one session holds."""
-
-    table: SequenceTable
-    unacknowledged_copies: deque[tuple[int, int]] = field(default_factory=deque)  # (step, source)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefixHit:
-    """The part of a sequence that the cache has."""
-
-    block_ids: list[int]
-    missing_keys: list[BlockHash]  # of the full blocks behind it
+    from memory_service.demand import Fork, IntArray, StepDemand
 
 
 class BlockManager:
@@ -57,11 +42,23 @@ class BlockManager:
         self.block_size = block_size
         self.prefix_cache_enabled = prefix_cache_enabled
         self.revision = 0  # rises with every change
-        self.num_prefix_query_tokens = 0
-        self.num_prefix_hit_tokens = 0
         self._hasher = hasher
         self._clock = clock
+        self._slots = SlotAllocator(self.pool, block_size)
+        self._admitter = Admitter(
+            self.pool, block_size, hasher, clock, prefix_cache_enabled=prefix_cache_enabled
+        )
         self._sessions: dict[int, SessionBooks] = {}
+
+    @property
+    def num_prefix_query_tokens(self) -> int:
+        """Tokens of all admissions."""
+        return self._admitter.num_query_tokens
+
+    @property
+    def num_prefix_hit_tokens(self) -> int:
+        """Those of them that the prefix cache had."""
+        return self._admitter.num_hit_tokens
 
     @property
     def sessions(self) -> Iterator[tuple[int, SessionBooks]]:
@@ -102,8 +99,8 @@ class BlockManager:
         self._release_all(books, demand, answer)
         for fork in demand.forks:
             answer.forked_tables.append((fork.dst_row, self._fork(books.table, fork)))
-        self._extend_all(books, demand, answer)
-        self._admit_all(books, demand, answer)
+        self._slots.extend_all(books, demand, answer)
+        self._admitter.admit_all(books.table, demand, answer, is_empty=self.num_sequences == 0)
         answer.num_available_blocks = self.pool.num_available
         self.revision += 1
         return answer
@@ -202,132 +199,3 @@ class BlockManager:
         )
         table.add(fork.dst_row, child, shared, num_computed)
         return shared
-
-    # Extend
-
-    def _extend_all(self, books: SessionBooks, demand: StepDemand, answer: StepAnswer) -> None:
-        """Give every extended row its slots; most rows need none, and are passed without a loop."""
-        table, rows = books.table, demand.extend_rows
-        ends = demand.extend_starts + demand.extend_num_tokens
-        missing = np.maximum(0, -(-ends // self.block_size) - table.num_blocks[rows])
-        shared = self._shared_entries(table, rows, demand.extend_starts)
-        for which in np.flatnonzero((missing > 0) | (shared >= 0)).tolist():
-            row = int(rows[which])
-            # The last holder of a shared block writes in place: earlier rows of this loop may have left it alone.
-            index = int(
-                self._shared_entries(table, rows[[which]], demand.extend_starts[[which]])[0]
-            )
-            needed = int(missing[which]) + (index >= 0)
-            if answer.refusals or needed > self.pool.num_available:
-                # Nobody less urgent overtakes; those who need nothing run on.
-                answer.refusals += [(row, RefusalReason.NO_BLOCKS)] if needed else []
-                continue
-            if index >= 0:
-                self._copy_on_write(books, demand.step, row, index, answer)
-            self._append(table, row, int(missing[which]), answer)
-
-    def _shared_entries(self, table: SequenceTable, rows: IntArray, starts: IntArray) -> IntArray:
-        """The table entry that each row writes first, where another table holds the block too; else -1."""
-        indexes = starts // self.block_size
-        present = indexes < table.num_blocks[rows]
-        blocks = table.entries[rows, np.where(present, indexes, 0)]
-        shared = present & (self.pool.ref_counts[blocks] > 1)
-        return np.where(shared, indexes, -1).astype(np.int32)
-
-    def _copy_on_write(
-        self, books: SessionBooks, step: int, row: int, index: int, answer: StepAnswer
-    ) -> None:
-        source = int(books.table.entries[row, index])
-        target = self.pool.allocate()
-        self.pool.pin(source)
-        self.pool.release(source)
-        books.table.entries[row, index] = target
-        books.unacknowledged_copies.append((step, source))
-        answer.copies.append((source, target))
-        answer.remaps.append((row, index, target))
-
-    def _append(self, table: SequenceTable, row: int, count: int, answer: StepAnswer) -> None:
-        block_ids = [self.pool.allocate() for _ in range(count)]
-        table.append(row, block_ids)
-        answer.new_blocks += [(row, block_id) for block_id in block_ids]
-
-    # Admit
-
-    def _admit_all(self, books: SessionBooks, demand: StepDemand, answer: StepAnswer) -> None:
-        budget = demand.admit_token_budget
-        is_full = bool(answer.refusals)  # a running sequence lacks blocks: nobody new comes in
-        for admit in demand.admits:
-            reason = (
-                RefusalReason.NO_BLOCKS
-                if is_full
-                else self._admit(books.table, admit, budget, demand.watermark_blocks, answer)
-            )
-            if reason is None:
-                budget -= answer.admissions[-1].num_scheduled_tokens
-            else:
-                is_full = reason is RefusalReason.NO_BLOCKS
-                answer.refusals.append((admit.row, reason))
-
-    def _admit(
-        self,
-        table: SequenceTable,
-        admit: Admit,
-        budget: int,
-        watermark_blocks: int,
-        answer: StepAnswer,
-    ) -> RefusalReason | None:
-        if budget < 1:
-            return RefusalReason.TOKEN_BUDGET
-        hit = self._find_prefix(admit.token_ids)
-        if hit.missing_keys and self.pool.index.is_in_progress(hit.missing_keys[0]):
-            return RefusalReason.PREFIX_IN_PROGRESS
-        if not self._fits(admit, hit, watermark_blocks):
-            return RefusalReason.NO_BLOCKS
-        answer.admissions.append(self._start(table, admit, hit, budget))
-        return None
-
-    def _find_prefix(self, token_ids: IntArray) -> PrefixHit:
-        """Leading full blocks in the cache; at least one token is left to run."""
-        if not self.prefix_cache_enabled:
-            return PrefixHit([], [])
-        keys = list(self._hasher.chain(None, token_ids[:-1], self.block_size))
-        block_ids: list[int] = []
-        for key in keys:
-            block_id = self.pool.index.find(key)
-            if block_id is None:
-                break
-            block_ids.append(block_id)
-        return PrefixHit(block_ids, keys[len(block_ids) :])
-
-    def _fits(self, admit: Admit, hit: PrefixHit, watermark_blocks: int) -> bool:
-        """Whether all known tokens, and the siblings' first copies, would find blocks and leave the watermark."""
-        num_blocks = -(-len(admit.token_ids) // self.block_size) + admit.num_sequences - 1
-        needed = num_blocks - len(hit.block_ids) + self.pool.num_unheld(hit.block_ids)
-        # Alone in the pool nobody is served by waiting.
-        left_over = watermark_blocks if self.num_sequences else 0
-        return needed + left_over <= self.pool.num_available
-
-    def _start(self, table: SequenceTable, admit: Admit, hit: PrefixHit, budget: int) -> Admission:
-        num_tokens = len(admit.token_ids)
-        num_cached = len(hit.block_ids) * self.block_size
-        num_scheduled = min(num_tokens - num_cached, budget)
-        for block_id in hit.block_ids:
-            self.pool.acquire(block_id)
-        num_new = -(-(num_cached + num_scheduled) // self.block_size) - len(hit.block_ids)
-        new_ids = [self.pool.allocate() for _ in range(num_new)]
-        block_table = np.array(hit.block_ids + new_ids, dtype=np.int32)
-        keys = [key for block in hit.block_ids if (key := self.pool.index.key_of(block))]
-        sequence = Sequence(
-            admit.sequence_id,
-            admit.request_id,
-            admit.incarnation,
-            num_cached,
-            self._clock(),
-            keys=keys,
-            expected_keys=hit.missing_keys,
-        )
-        self.pool.index.begin(hit.missing_keys)
-        table.add(admit.row, sequence, block_table, num_cached)
-        self.num_prefix_query_tokens += num_tokens
-        self.num_prefix_hit_tokens += num_cached
-        return Admission(admit.row, num_cached, num_scheduled, block_table)

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from memory_service.demand import IntArray, StepDemand
     from memory_service.sequence_table import SequenceTable
 
+_MAX_TOKENS = 1 << 24  # of a row in a step: far above any, far below an overflow
+
 
 class DemandCheck:
     """Checks the demands of one session; follows which rows will be live as the demand is applied."""
@@ -21,6 +23,7 @@ class DemandCheck:
         self._block_size = block_size
         self._ended: set[int] = set()
         self._begun: dict[int, int] = {}  # row -> acknowledged tokens it begins with
+        self._begun_slots: dict[int, int] = {}  # row -> slots of the table it begins with
         self._computed = table.num_computed
 
     def check(self, demand: StepDemand) -> None:
@@ -80,6 +83,8 @@ class DemandCheck:
             if not 1 <= fork.num_tokens <= slots:
                 self._fail(f"row {fork.src_row} has no {fork.num_tokens} tokens to share")
             computed = int(self._computed[fork.src_row])
+            num_blocks = -(-fork.num_tokens // self._block_size)
+            self._begun_slots[fork.dst_row] = num_blocks * self._block_size
             self._begun[fork.dst_row] = min(computed, fork.num_tokens)
 
     def _check_extends(self, demand: StepDemand) -> None:
@@ -92,10 +97,15 @@ class DemandCheck:
             strict=True,
         ):
             computed = self._begun.get(row, int(self._computed[row]))
-            if start < computed or count < 1:
+            if not computed <= start <= self._num_slots(row) or not 1 <= count <= _MAX_TOKENS:
                 self._fail(f"row {row} runs {count} tokens from {start}; {computed} are done", row)
 
+    def _num_slots(self, row: int) -> int:
+        return self._begun_slots.get(row, int(self._table.num_blocks[row]) * self._block_size)
+
     def _check_admits(self, demand: StepDemand) -> None:
+        if demand.watermark_blocks < 0:
+            self._fail(f"a watermark of {demand.watermark_blocks} blocks")
         for admit in demand.admits:
             self._check_unused(admit.row)
             self._begun[admit.row] = 0

@@ -12,7 +12,8 @@ from memory_service.block_pool import NULL_BLOCK
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from memory_service.block_manager import BlockManager, SessionBooks
+    from memory_service.block_manager import BlockManager
+    from memory_service.session_books import SessionBooks
 
 
 def check_integrity(manager: BlockManager) -> list[str]:

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from memory_service.block_hash import BlockHasher
 from memory_service.block_manager import BlockManager
+from memory_service.block_pool import BlockPool
 from memory_service.demand import Admit, Fork, RefusalReason, StepAnswer, StepDemand
 from memory_service.integrity import check_integrity
+from memory_service.slots import SlotAllocator
 from quire.errors import BrokenContract
+
+if TYPE_CHECKING:
+    from memory_service.sequence_table import SequenceTable
 
 SIZE = 4
 NUM_BLOCKS = 14
@@ -40,7 +52,18 @@ class NaiveSequence:
         self.computed = computed
         self.table = table
         self.committed = computed
-        self.running = 0  # tokens of the step in flight
+        self.in_flight: list[tuple[int, int]] = []  # (step, tokens)
+
+    @property
+    def start(self) -> int:
+        """First position that the next step runs."""
+        return self.computed + sum(count for _, count in self.in_flight)
+
+    def fork(self) -> NaiveSequence:
+        """A child that shares all that is computed or in flight."""
+        child = NaiveSequence(self.tokens[: self.start], self.computed, [])
+        child.in_flight = list(self.in_flight)
+        return child
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -56,10 +79,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.sequences: dict[int, NaiveSequence] = {}
         self.step = 0
         self.acknowledged = 0
-        self.queue: list[
-            tuple[int, list, list]
-        ] = []  # (step, copies, [(row sequence, table, begin, end)])
-        self.rng = np.random.default_rng(0)
+        # Steps in flight: number, copies, and what each row stores.
+        self.queue: list[tuple[int, list, list]] = []
 
     def _device_runs(self) -> None:
         """Run the oldest step in flight: copies, stores, reads, in this order."""
@@ -81,10 +102,8 @@ class PoolMachine(RuleBasedStateMachine):
                 assert self.device.get(slot) == tuple(tokens[: position + 1])
         self.acknowledged = step
         for sequence in self.sequences.values():
-            for count_step, count in list(getattr(sequence, "in_flight", [])):
-                if count_step == step:
-                    sequence.computed += count
-                    sequence.in_flight.remove((count_step, count))
+            sequence.computed += sum(count for ran, count in sequence.in_flight if ran == step)
+            sequence.in_flight = [found for found in sequence.in_flight if found[0] != step]
 
     def _commits(self) -> tuple[list[int], list[int], list[int]]:
         rows, counts, token_ids = [], [], []
@@ -113,16 +132,12 @@ class PoolMachine(RuleBasedStateMachine):
             del self.sequences[row]
         forks, extends = [], []
         for row, found in list(self.sequences.items()):
-            in_flight = sum(count for _, count in getattr(found, "in_flight", []))
-            if in_flight == 0 and data.draw(st.integers(0, 3)) == 0:
-                dst = next((r for r in range(NUM_ROWS) if r not in self.sequences), None)
-                if dst is not None and found.computed:
-                    forks.append(Fork(row, dst, 1, f"f{self.step}-{dst}", "r", found.computed))
-                    child = NaiveSequence(list(found.tokens[: found.computed]), found.computed, [])
-                    child.in_flight = []
-                    self.sequences[dst] = child
+            dst = next((r for r in range(NUM_ROWS) if r not in self.sequences), None)
+            if dst is not None and found.start and data.draw(st.integers(0, 3)) == 0:
+                forks.append(Fork(row, dst, 1, f"f{self.step}-{dst}", "r", found.start))
+                self.sequences[dst] = found.fork()
         for row, found in self.sequences.items():
-            start = found.computed + sum(count for _, count in getattr(found, "in_flight", []))
+            start = found.start
             if data.draw(st.booleans()):
                 count = data.draw(st.integers(1, 5))
                 while len(found.tokens) < start + count:
@@ -168,7 +183,7 @@ class PoolMachine(RuleBasedStateMachine):
             found = self.sequences[row]
             if row in refused:
                 continue
-            found.in_flight = [*getattr(found, "in_flight", []), (self.step, count)]
+            found.in_flight.append((self.step, count))
             work.append((list(found.tokens), list(found.table), start, start + count))
         by_row = {admit.row: admit for admit in admits}
         for admission in answer.admissions:
@@ -207,6 +222,46 @@ PoolMachine.TestCase.settings = settings(
     deadline=None,
 )
 test_every_slot_holds_what_its_readers_expect = PoolMachine.TestCase
+
+
+def never_shared(
+    _: SlotAllocator, __: SequenceTable, rows: np.ndarray, *___: np.ndarray
+) -> np.ndarray:
+    return np.zeros(len(rows), dtype=np.int32)
+
+
+MUTATIONS: dict[str, tuple[type, str, Any]] = {
+    "no copy before a shared block is written": (SlotAllocator, "_num_shared", never_shared),
+    "no pin for the source of a copy": (BlockPool, "pin", lambda _, __: None),
+    "a tail that is kept by one reference too few": (
+        BlockPool,
+        "acquire",
+        lambda pool, block_id: pool._cached.pop(block_id, None),
+    ),
+    "a block is freed while it is held": (
+        BlockPool,
+        "_settle",
+        lambda pool, block_id: pool._free.append(block_id),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(MUTATIONS))
+def test_the_machine_notices_a_broken_manager(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rule, broken on purpose, makes the test above fail."""
+    monkeypatch.setattr(*MUTATIONS[name])
+    with pytest.raises(Exception):  # noqa: B017, PT011 -- whichever check sees it first
+        run_state_machine_as_test(
+            PoolMachine,
+            settings=settings(
+                max_examples=200,
+                stateful_step_count=25,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate],
+                report_multiple_bugs=False,
+            ),
+        )
 
 
 def admit(
@@ -265,6 +320,16 @@ def test_scarcity_is_a_refusal_and_ends_the_admissions() -> None:
         ),
         StepDemand(step=1, commit_rows=ints([0]), commit_num_computed_tokens=ints([8])),
         StepDemand(step=1, commit_rows=ints([0]), commit_num_computed_tokens=ints([80])),
+        StepDemand(
+            step=1, extend_rows=ints([0]), extend_starts=ints([13]), extend_num_tokens=ints([1])
+        ),
+        StepDemand(
+            step=1,
+            extend_rows=ints([0]),
+            extend_starts=ints([9]),
+            extend_num_tokens=ints([2**31 - 1]),
+        ),
+        StepDemand(step=1, watermark_blocks=-1),
         StepDemand(step=1, forks=(Fork(0, 0, 1, "x", "r", 1),)),
         StepDemand(step=1, admits=(Admit(NUM_ROWS, 1, "x", "r", ints([1])),)),
         StepDemand(step=1, admits=(Admit(1, 1, "x", "r", ints([])),)),
