@@ -58,6 +58,7 @@ class Scheduler:
         self._commits: list[Commit] = []
         self._releases: list[int] = []
         self._forks: list[Fork] = []
+        self._asked: list[Sequence] = []  # admissions that memory has not answered
         self._acknowledged_step = 0
         self.num_preemptions = 0
 
@@ -116,11 +117,16 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """What the next step asks of memory. The caller must go on with `admit`."""
-        plan = StepPlan(next(self._steps), self._acknowledged_step)
+        plan = StepPlan(next(self._steps))
         plan.watermark_blocks = self._limits.watermark_blocks
         plan.commits, self._commits = self._commits, []
         plan.forks, self._forks = self._forks, []
         self._plan_releases(plan)
+        if not self._rows:
+            # Copies that a lost step may not have made are owed to nobody: their sources need no pins any more.
+            self._mirror.acknowledge_copies()
+            self._acknowledged_step = plan.step - 1
+        plan.acknowledged_step = self._acknowledged_step
         for fork in plan.forks:
             self._rows.give(fork.child)
             self._rows.start(fork.child)
@@ -164,6 +170,7 @@ class Scheduler:
             self._rows.give(sequence)
             self._requests.waiting.remove(sequence)
             plan.admits.append(sequence)
+        self._asked = plan.admits
 
     # Admit
 
@@ -191,6 +198,7 @@ class Scheduler:
             self._mirror.copy(src, dst)
 
     def _take_admissions(self, plan: StepPlan, answer: MemoryAnswer) -> Iterator[Work]:
+        self._asked = []
         for sequence in plan.admits:
             admission = answer.admissions.get(sequence.row)
             was_aborted = sequence.state is SequenceState.FINISHED
@@ -320,9 +328,11 @@ class Scheduler:
 
     def session_resumed(self, held_rows: Iterable[int]) -> None:
         """Memory answers on a new stream: give back every row it still holds, recompute from prefix hits."""
-        orphans = list(self._rows) + [fork.child for fork in self._forks]
-        self._commits, self._forks, self._releases = [], [], list(held_rows)
+        asked = [found for found in self._asked if found.state is not SequenceState.FINISHED]
+        orphans = [*self._rows, *asked, *(fork.child for fork in self._forks)]
+        self._asked, self._commits, self._forks, self._releases = [], [], [], list(held_rows)
         self._rows.clear(self._releases)
         self._mirror = RowMirror()
+        self._isolation = FailureIsolation()
         for sequence in orphans:
             self._wait_again(sequence)

@@ -65,7 +65,7 @@ class StepPlan:
     """What a step asks of memory."""
 
     step: int
-    acknowledged_step: int
+    acknowledged_step: int = 0
     commits: list[Commit] = field(default_factory=list)
     releases: list[int] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
