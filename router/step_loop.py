@@ -87,7 +87,7 @@ class StepLoop:
         """One step; whether it ran anything."""
         plan = self._scheduler.plan()
         answer = await self._memory.allocate(plan)
-        batch = self._scheduler.admit(plan, answer)
+        batch = self._admit(plan, answer)
         if batch is None:
             self._scheduler.skip(plan)
             return False
@@ -98,6 +98,19 @@ class StepLoop:
         else:
             self._scheduler.apply(batch, outcome)
         return True
+
+    def _admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
+        before = self._scheduler.num_preemptions
+        batch = self._scheduler.admit(plan, answer)
+        num_preempted = self._scheduler.num_preemptions - before
+        if num_preempted:
+            _logger.info(
+                "preempted",
+                step=plan.step,
+                num_sequences=num_preempted,
+                num_available_blocks=answer.num_available_blocks,
+            )
+        return batch
 
     async def _reconnect(self, lost: StreamLost) -> None:
         """Open both streams again; requests wait meanwhile and go on from what memory still has."""

@@ -7,10 +7,10 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import grpc
 import psutil
@@ -58,10 +58,15 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_quire(model: Path, *flags: str) -> Iterator[Quire]:
-    """`quire up` with `model`; must end well when it is told to."""
+def running_quire(model: Path, *flags: str, log: Path | None = None) -> Iterator[Quire]:
+    """`quire up` with `model`; must end well when it is told to. What the services log goes to `log`."""
+    with log.open("w") if log else nullcontext(None) as stderr:
+        yield from _running_quire(model, flags, stderr)
+
+
+def _running_quire(model: Path, flags: tuple[str, ...], stderr: TextIO | None) -> Iterator[Quire]:
     command = [QUIRE, "up", "--model", str(model), "--listen", "127.0.0.1:0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
     try:
         line = process.stdout.readline()

@@ -60,7 +60,7 @@ SERVED: dict[str, dict[str, Any]] = {
     "gpt_oss": {**MOE, **WINDOWED},
     "olmo2": {},
     "granite": {},
-    "phi3": {},
+    "phi3": LONGROPE,
     "deepseek_v3": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,

@@ -3,84 +3,115 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from processes import running_quire
+from processes import Quire, assert_pool_is_idle, running_quire
 from tiny_checkpoints import SERVED, VOCAB_SIZE, make_checkpoint
 from transformers import AutoModelForCausalLM
 
+from compute_service.model_loader import fix_longrope
 from protos.memory.v1 import inspection_pb2
-from protos.router.v1 import router_pb2
+from quire.client import Client
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from protos.router.v1 import router_pb2_grpc
-
 NUM_TOKENS = 64
+MAX_MODEL_LEN = 400
+NUM_BLOCKS = 45  # cannot hold the crowd: some are preempted
+# Shorter and longer than windows of 9 and than the 64 tokens of the longrope model; the long ones run in chunks.
+LENGTHS = (1, 5, 16, 33, 70, 150)
 NEAR_TIE = 1e-3
 
 
-def complete(
-    stub: router_pb2_grpc.RouterServiceStub, prompt: list[int], n: int = 1
-) -> list[list[int]]:
-    request = router_pb2.GenerateRequest(
-        tokens=router_pb2.TokenIds(ids=prompt),
-        sampling=router_pb2.SamplingParams(temperature=0, num_samples=n),
-        stopping=router_pb2.StoppingCriteria(max_tokens=NUM_TOKENS, ignore_eos=True),
-    )
-    answer = stub.Complete(router_pb2.CompleteRequest(request=request), timeout=120)
+@dataclass
+class Oracle:
+    """transformers' own eager model, one prompt at a time."""
+
+    model: torch.nn.Module
+    num_checked: int = 0
+    num_near_ties: int = 0
+
+    def generate(self, prompt: list[int]) -> list[int]:
+        """Greedy tokens of `model.generate`."""
+        found = self.model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=NUM_TOKENS,
+            min_new_tokens=NUM_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        return found[0, len(prompt) :].tolist()
+
+    def check(self, prompt: list[int], expected: list[int], output: list[int]) -> None:
+        """`output` is `expected`, or leaves it at near-ties only, which are counted."""
+        self.num_checked += 1
+        assert len(output) == NUM_TOKENS
+        if output == expected:
+            return
+        self.num_near_ties += 1
+        with torch.inference_mode():
+            logits = self.model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
+        assert (logits.max(1).values - chosen).max() < NEAR_TIE
+
+
+def complete(quire: Quire, prompt: list[int], num_samples: int = 1) -> list[list[int]]:
+    with Client(quire.addresses["router"]) as client:
+        answer = client.complete(
+            prompt,
+            temperature=0,
+            num_samples=num_samples,
+            max_tokens=NUM_TOKENS,
+            ignore_eos=True,
+        )
     return [list(found.token_ids) for found in answer.completions]
 
 
-def check_tokens(model: torch.nn.Module, prompt: list[int], output: list[int]) -> None:
-    """Every token is the reference's own choice, teacher-forced; a near-tie may go either way."""
-    assert len(output) == NUM_TOKENS
-    with torch.inference_mode():
-        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-    chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-    assert (logits.max(1).values - chosen).max() < NEAR_TIE
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(SERVED))
 def test_greedy_tokens_equal_transformers(model_type: str, tmp_path: Path) -> None:
-    """Alone, batched, chunked, with prefix hits, forked and preempted: each token is the one transformers chooses."""
+    """Alone, chunked, with prefix hits, in a crowd that preempts, forked: the tokens are those of `model.generate`."""
     folder = make_checkpoint(tmp_path / "model", model_type)
-    oracle = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    oracle = Oracle(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"))
+    fix_longrope(oracle.model, MAX_MODEL_LEN)
     generator = torch.Generator().manual_seed(1)
-    lengths = [1, 5, 16, 33, 70, 150]
-    prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
-    # A pool of 40 blocks cannot hold all of these at once: some are preempted.
-    block_bytes = _block_bytes(oracle.config)
-    budget = 45 * block_bytes + 3 * 2 * 4096
-    flags = [
-        "--max-num-batched-tokens",
-        "32",
-        "--memory-budget",
-        str(budget),
-        "--max-model-len",
-        "400",
+    prompts = [torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist() for n in LENGTHS]
+    expected = [oracle.generate(prompt) for prompt in prompts]
+    log = tmp_path / "log"
+    with running_quire(folder, *_flags(oracle.model.config), log=log) as quire:
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            oracle.check(prompt, tokens, *complete(quire, prompt))
+        # Every prompt twice, and each time one of them four times over.
+        jobs = [(index, 1) for index in range(len(prompts))] * 2 + [(2, 4), (3, 4)]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            crowd = list(pool.map(lambda job: complete(quire, prompts[job[0]], job[1]), jobs))
+        for (index, num_samples), outputs in zip(jobs, crowd, strict=True):
+            assert len(outputs) == num_samples
+            for output in outputs:
+                oracle.check(prompts[index], expected[index], output)
+        pool_state = quire.inspection.GetPool(inspection_pb2.GetPoolRequest(), timeout=5)
+        assert int(pool_state.num_prefix_hit_tokens) > 0
+        assert_pool_is_idle(quire)
+    assert '"event": "preempted"' in log.read_text()
+    assert oracle.num_near_ties <= 1 + oracle.num_checked // 200
+
+
+def _flags(config: Any) -> list[str]:
+    return [
+        *("--dtype", "float32"),
+        *("--max-num-batched-tokens", "32"),
+        *("--max-model-len", str(MAX_MODEL_LEN)),
+        *("--memory-budget", str(NUM_BLOCKS * _block_bytes(config) + 3 * 2 * 4096)),
+        *("--log-format", "json"),
     ]
-    with running_quire(folder, *flags, "--dtype", "float32", "--log-level", "warning") as quire:
-        for prompt in prompts:
-            check_tokens(oracle, prompt, complete(quire.router, prompt)[0])
-        with ThreadPoolExecutor(12) as pool:
-            crowd = list(pool.map(lambda prompt: complete(quire.router, prompt), prompts * 2))
-        for prompt, found in zip(prompts * 2, crowd, strict=True):
-            check_tokens(oracle, prompt, found[0])
-        for sample in complete(quire.router, prompts[3], n=4):
-            check_tokens(oracle, prompts[3], sample)
-        state = quire.inspection.GetPool(inspection_pb2.GetPoolRequest(), timeout=5)
-        assert int(state.num_prefix_hit_tokens) > 0
-        checked = quire.inspection.CheckIntegrity(inspection_pb2.CheckIntegrityRequest(), timeout=5)
-        assert list(checked.findings) == []
 
 
 def _block_bytes(config: Any) -> int:
-    heads, size = config.num_key_value_heads, config.head_dim
+    heads, k_and_v = config.num_key_value_heads, 2 * config.head_dim
     if config.model_type == "deepseek_v3":
         k_and_v = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
-        return 3 * 16 * heads * k_and_v * 4
-    return 3 * 16 * heads * 2 * size * 4
+    return config.num_hidden_layers * 16 * heads * k_and_v * 4
