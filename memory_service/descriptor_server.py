@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from quire.descriptor import MAX_LINE_BYTES, OK, peer_uid
+from quire.descriptor import MAX_LINE_BYTES, OK, peer_pidfd, peer_uid
 from quire.serving import UNIX_PREFIX, claim_unix_path, release_unix_path
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _BACKLOG = 8
 _LINE_TIMEOUT_S = 10.0
+_GRACE_S = 1.0  # between the end of a socket and the death of a process that cannot be watched
 
 _logger = structlog.get_logger()
 
@@ -79,11 +80,30 @@ class DescriptorServer:
             return "the ticket is unknown, used or too old"
         writer = self._registry.writer
         assert writer is not None
+        pidfd = peer_pidfd(connection)
         try:
             socket.send_fds(connection, [f"{OK}\n".encode()], [fd])
-            while await loop.sock_recv(connection, MAX_LINE_BYTES):
-                pass
+            with suppress(OSError):
+                while await loop.sock_recv(connection, MAX_LINE_BYTES):
+                    pass
+            # A socket may end before its process does: nobody else is let in while that one may still write.
+            await _until_dead(pidfd)
         finally:
+            if pidfd is not None:
+                os.close(pidfd)
             self._registry.writer_gone(writer.generation)
             _logger.info("writer_gone", writer_generation=writer.generation)
         return None
+
+
+async def _until_dead(pidfd: int | None) -> None:
+    """Return once the process of `pidfd` is dead; without one, after a grace time."""
+    if pidfd is None:
+        await asyncio.sleep(_GRACE_S)
+        return
+    loop, is_dead = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(pidfd, is_dead.set)
+    try:
+        await is_dead.wait()
+    finally:
+        loop.remove_reader(pidfd)

@@ -11,12 +11,14 @@ import os
 import socket
 import struct
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
 OK: Final = "OK"
 MAX_LINE_BYTES: Final = 1024
 _UCRED: Final = struct.Struct("3i")  # pid, uid, gid
+_SO_PEERPIDFD: Final = 77  # Python 3.11 does not name it
 
 
 class DescriptorRefusedError(Exception):
@@ -65,8 +67,27 @@ def fetch_descriptor(path: str, ticket: str, *, timeout_s: float = 10.0) -> Pool
 
 def peer_uid(connection: socket.socket) -> int:
     """User id of the process at the other end of a Unix socket, as the kernel saw it connect or listen."""
+    return _peer_credentials(connection)[1]
+
+
+def peer_pidfd(connection: socket.socket) -> int | None:
+    """A descriptor that becomes readable when the process at the other end is dead; None where the kernel has none.
+
+    SO_PEERPIDFD needs Linux 6.5 and works between PID namespaces that see nothing of each other; the process id of
+    SO_PEERCRED is 0 there, and serves only within one namespace.
+    """
+    with suppress(OSError):
+        return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    pid = _peer_credentials(connection)[0]
+    with suppress(OSError):
+        return os.pidfd_open(pid) if pid else None
+    return None
+
+
+def _peer_credentials(connection: socket.socket) -> tuple[int, int, int]:
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    return int(_UCRED.unpack(raw)[1])
+    pid, uid, gid = _UCRED.unpack(raw)
+    return pid, uid, gid
 
 
 def _check_owner(lifeline: socket.socket, path: str) -> None:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.memory.v1 import inspection_pb2, inspection_pb2_grpc
 from protos.router.v1 import router_pb2_grpc
@@ -89,3 +90,27 @@ def _running_quire(model: Path, flags: tuple[str, ...], stderr: TextIO | None) -
         status = process.wait(60)
         process.stdout.close()
     assert status == 0
+
+
+@contextmanager
+def running_service(name: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """`quire memory`, `quire compute` or `quire router` alone, told to stop at the end."""
+    process = subprocess.Popen([QUIRE, name, "--log-level", "error", *flags], text=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def wait_until_serving(channel: grpc.Channel, seconds: float = 60) -> None:
+    """Until the health service says that all is well."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    deadline = time.monotonic() + seconds
+    while True:
+        with suppress(grpc.RpcError):
+            answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=5, wait_for_ready=True)
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return
+        assert time.monotonic() < deadline, "the service does not serve"
+        time.sleep(0.1)
