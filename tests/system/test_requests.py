@@ -50,6 +50,42 @@ def error_of(quire: Quire, message: pb.GenerateRequest) -> QuireError:
         (request(temperature=-1), "INVALID_ARGUMENT", "INVALID_REQUEST", "sampling.temperature"),
         (request(top_p=0), "INVALID_ARGUMENT", "INVALID_REQUEST", "sampling.top_p"),
         (request(num_samples=0), "INVALID_ARGUMENT", "INVALID_REQUEST", "sampling.num_samples"),
+        (
+            pb.GenerateRequest(text="x", stopping=pb.StoppingCriteria(max_tokens=2, min_tokens=3)),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+            "stopping.min_tokens",
+        ),
+        (
+            pb.GenerateRequest(text="x", stopping=pb.StoppingCriteria(include_stop_string=True)),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+            "stopping.include_stop_string",
+        ),
+        (
+            pb.GenerateRequest(text="x", stopping=pb.StoppingCriteria(stop_strings=["a", ""])),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+            "stopping.stop_strings",
+        ),
+        (request(top_k=-1), "INVALID_ARGUMENT", "INVALID_REQUEST", "sampling.top_k"),
+        (request(min_p=1.5), "INVALID_ARGUMENT", "INVALID_REQUEST", "sampling.min_p"),
+        (
+            request(temperature=float("nan")),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+            "sampling.temperature",
+        ),
+        (request(num_logprobs=21), "INVALID_ARGUMENT", "INVALID_REQUEST", "sampling.num_logprobs"),
+        (
+            pb.GenerateRequest(
+                text="x",
+                sampling=pb.SamplingParams(logit_bias=[pb.LogitBias(token_id=4096, bias=1)]),
+            ),
+            "INVALID_ARGUMENT",
+            "INVALID_REQUEST",
+            "sampling.logit_bias[0].token_id",
+        ),
         (request("x " * 3000), "INVALID_ARGUMENT", "CONTEXT_LENGTH_EXCEEDED", "text"),
     ],
 )
