@@ -9,7 +9,7 @@ NODE_STAMP := node_modules/.stamp
 # Compiled kernels are kept between runs and shared among test processes.
 export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 
-.PHONY: help setup check format stubs demo test clean
+.PHONY: help setup check format stubs demo test test-fast test-long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -45,8 +45,14 @@ stubs: $(STAMP) ## generate the stubs from the protos
 demo: $(STAMP) ## three services, the demo model, a look at the pool
 	@$(BIN)/quire demo
 
-test: $(STAMP) ## the whole test suite
+test: $(STAMP) $(NODE_STAMP) ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-fast: $(STAMP) $(NODE_STAMP) ## the suite without the token parity of every architecture
+	$(BIN)/python -m pytest -m "not slow"
+
+test-long: $(STAMP) $(NODE_STAMP) ## the property tests with twenty times the examples
+	QUIRE_TEST_EXAMPLES=3000 $(BIN)/python -m pytest -m "not slow" --timeout 1800 tests/memory_service tests/router
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) node_modules .cache build *.egg-info

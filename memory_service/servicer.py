@@ -78,12 +78,15 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
         try:
             yield memory_pb2.SessionResponse(welcome=self._welcome(opened))
             async for message in request_iterator:
-                if message.WhichOneof("message") != "step":
-                    raise BrokenContract("every message after hello is a step")
+                kind = message.WhichOneof("message")
+                if kind == "goodbye":
+                    self._sessions.end(opened, generation)
+                    return
+                if kind != "step":
+                    raise BrokenContract("every message after hello is a step or goodbye")
                 step = message.step
                 answer = self._sessions.apply(opened, step.generation, _demand(step))
                 yield memory_pb2.SessionResponse(answer=_answer(answer, step.generation))
-            self._sessions.end(opened, generation)
         finally:
             self._sessions.detach(opened, generation)
 

@@ -97,7 +97,7 @@ class _SchedulingSettings(BaseSettings):
 
 
 class MemorySettings(_PoolSettings, ServiceSettings):
-    """Settings of the memory service."""
+    """Run the memory service: it owns the KV pool and answers questions about it."""
 
     listen: tuple[str, ...] = Field(
         ("127.0.0.1:7072",), description="addresses: host:port or unix:/path; may be repeated"
@@ -113,7 +113,7 @@ class MemorySettings(_PoolSettings, ServiceSettings):
 
 
 class ComputeSettings(_ModelSettings, ServiceSettings):
-    """Settings of the compute service."""
+    """Run the compute service: it loads a model and runs the steps of one router."""
 
     listen: tuple[str, ...] = Field(
         ("127.0.0.1:7073",), description="addresses: host:port or unix:/path; may be repeated"
@@ -123,7 +123,7 @@ class ComputeSettings(_ModelSettings, ServiceSettings):
 
 
 class RouterSettings(_SchedulingSettings, ServiceSettings):
-    """Settings of the router."""
+    """Run the router: clients talk to it, it asks the memory and the compute service."""
 
     listen: tuple[str, ...] = Field(
         ("127.0.0.1:7071",), description="addresses: host:port or unix:/path; may be repeated"
@@ -133,7 +133,7 @@ class RouterSettings(_SchedulingSettings, ServiceSettings):
 
 
 class UpSettings(_ModelSettings, _PoolSettings, _SchedulingSettings, ServiceSettings):
-    """Settings of all three services together."""
+    """Serve a model: start memory service, compute service and router, until Ctrl-C."""
 
     listen: str = Field(
         DEFAULT_ROUTER_ADDRESS, description="address of the router: host:port or unix:/path"

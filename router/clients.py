@@ -114,7 +114,8 @@ class MemoryClient:
     async def close(self) -> None:
         """End the session: memory releases all that it holds."""
         if self._stream is not None:
-            await self._stream.close()
+            goodbye = memory_pb2.SessionGoodbye()
+            await self._stream.close(memory_pb2.SessionRequest(goodbye=goodbye))
         await self._channel.close()
 
 

@@ -55,9 +55,11 @@ class OrderedStream(Generic[RequestT, ResponseT]):
             await self._call.write(request)
         return await answer
 
-    async def close(self) -> None:
-        """Half-close, and wait for the other side to end the stream."""
+    async def close(self, last: RequestT | None = None) -> None:
+        """Send `last`, half-close, and wait for the other side to end the stream."""
         with suppress(grpc.RpcError, asyncio.InvalidStateError):
+            if last is not None:
+                await self._call.write(last)
             await self._call.done_writing()
         await self._reader
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 SIZE = 16
 PROMPT = [5, 9, 33, 7, 250]
+GOODBYE = memory_pb2.SessionRequest(goodbye=memory_pb2.SessionGoodbye())
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ class Stream:
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
 
-    def close(self) -> None:
-        """Half-close, and wait until the other side has ended too."""
-        self._outgoing.put(None)
+    def close(self, *last: Any) -> None:
+        """Send `last`, half-close, and wait until the other side has ended too."""
+        for message in (*last, None):
+            self._outgoing.put(message)
         assert list(self._incoming) == []
 
     def cancel(self) -> None:
@@ -191,7 +193,7 @@ def test_a_session_runs_a_request_through_both_services(pair: Pair) -> None:
     session.ask(allocate(generation, 9, release_rows=[0]))
     assert num_used(pair) == 0
     steps.close()
-    session.close()
+    session.close(GOODBYE)
 
 
 def run_step(
@@ -214,12 +216,12 @@ def run_step(
 
 
 def test_a_resumed_session_is_told_what_it_holds(pair: Pair) -> None:
-    """A broken stream keeps its sequences for the lease; the next one gets a higher generation and its tables."""
+    """A stream that ends without goodbye keeps its sequences for the lease; the next gets their tables."""
     first = Stream(pair.memory.Session)
     generation = first.ask(hello(pair, "resumed")).welcome.generation
     step = allocate(generation, 7, admits=[admission(2)], admit_token_budget=99)
     given = first.ask(step).answer.admissions[0]
-    first.cancel()
+    first.close()
     second = Stream(pair.memory.Session)
     welcome = second.ask(hello(pair, "resumed")).welcome
     assert welcome.generation > generation
@@ -227,7 +229,7 @@ def test_a_resumed_session_is_told_what_it_holds(pair: Pair) -> None:
     (held,) = welcome.sequences
     assert (held.row, held.sequence_id, held.incarnation) == (2, "s2", 1)
     assert table(held.block_table) == table(given.block_table)
-    second.close()
+    second.close(GOODBYE)
     assert num_used(pair) == 0
 
 
@@ -286,7 +288,7 @@ def test_a_newer_stream_fences_the_older_one(pair: Pair) -> None:
     generation = first.ask(hello(pair, "contested")).welcome.generation
     second.ask(hello(pair, "contested"))
     assert error_of(first, allocate(generation, 1)).reason == "SESSION_FENCED"
-    second.close()
+    second.close(GOODBYE)
 
 
 def compute_hello(pair: Pair, generation: int, **changes: Any) -> compute_pb2.ExecuteRequest:
@@ -451,5 +453,5 @@ def test_the_pool_and_its_sequences_can_be_looked_at(pair: Pair) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         pair.inspection.ListSequences(inspection_pb2.ListSequencesRequest(page_token="x"))  # noqa: S106
     assert from_rpc_error(caught.value).reason == "INVALID_REQUEST"
-    stream.close()
+    stream.close(GOODBYE)
     assert num_used(pair) == 0

@@ -25,39 +25,41 @@ _sym_db = _symbol_database.Default()
 from protos.common.v1 import block_pb2 as protos_dot_common_dot_v1_dot_block__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/memory/v1/memory.proto\x12\x0fquire.memory.v1\x1a\x1cprotos/common/v1/block.proto\"z\n\x0eSessionRequest\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.quire.memory.v1.SessionHelloH\x00\x12-\n\x04step\x18\x02 \x01(\x0b\x32\x1d.quire.memory.v1.AllocateStepH\x00\x42\t\n\x07message\"\x83\x01\n\x0fSessionResponse\x12\x32\n\x07welcome\x18\x01 \x01(\x0b\x32\x1f.quire.memory.v1.SessionWelcomeH\x00\x12\x31\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1f.quire.memory.v1.AllocateAnswerH\x00\x42\t\n\x07message\"d\n\x0cSessionHello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\x12\x19\n\x11writer_generation\x18\x03 \x01(\x03\x12\x14\n\x0cmax_num_rows\x18\x04 \x01(\x05\"\xba\x01\n\x0eSessionWelcome\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x19\n\x11last_applied_step\x18\x02 \x01(\x03\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12\x33\n\tsequences\x18\x05 \x03(\x0b\x32 .quire.memory.v1.SessionSequence\x12\x1c\n\x14prefix_cache_enabled\x18\x06 \x01(\x08\"z\n\x0fSessionSequence\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x13\n\x0bsequence_id\x18\x03 \x01(\t\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\x05\x12\x13\n\x0b\x62lock_table\x18\x05 \x01(\x0c\"\x8b\x03\n\x0c\x41llocateStep\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x19\n\x11\x61\x63knowledged_step\x18\x03 \x01(\x03\x12\x13\n\x0b\x63ommit_rows\x18\x04 \x03(\x05\x12\"\n\x1a\x63ommit_num_computed_tokens\x18\x05 \x03(\x05\x12\x18\n\x10\x63ommit_token_ids\x18\x06 \x01(\x0c\x12\x14\n\x0crelease_rows\x18\x07 \x03(\x05\x12*\n\x05\x66orks\x18\x08 \x03(\x0b\x32\x1b.quire.memory.v1.ForkDemand\x12\x13\n\x0b\x65xtend_rows\x18\t \x03(\x05\x12\x15\n\rextend_starts\x18\n \x03(\x05\x12\x19\n\x11\x65xtend_num_tokens\x18\x0b \x03(\x05\x12,\n\x06\x61\x64mits\x18\x0c \x03(\x0b\x32\x1c.quire.memory.v1.AdmitDemand\x12\x1a\n\x12\x61\x64mit_token_budget\x18\r \x01(\x05\x12\x18\n\x10watermark_blocks\x18\x0e \x01(\x05\"\x88\x01\n\x0b\x41\x64mitDemand\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x13\n\x0bsequence_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x01(\x0c\x12\x15\n\rnum_sequences\x18\x06 \x01(\x05J\x04\x08\x07\x10\x08\"\x84\x01\n\nForkDemand\x12\x0f\n\x07src_row\x18\x01 \x01(\x05\x12\x0f\n\x07\x64st_row\x18\x02 \x01(\x05\x12\x17\n\x0f\x64st_incarnation\x18\x03 \x01(\x05\x12\x13\n\x0bsequence_id\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x12\n\nnum_tokens\x18\x06 \x01(\x05\"\x80\x03\n\x0e\x41llocateAnswer\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12.\n\nadmissions\x18\x03 \x03(\x0b\x32\x1a.quire.memory.v1.Admission\x12\x16\n\x0enew_block_rows\x18\x04 \x03(\x05\x12\x15\n\rnew_block_ids\x18\x05 \x03(\x05\x12\x33\n\rforked_tables\x18\x06 \x03(\x0b\x32\x1c.quire.memory.v1.ForkedTable\x12*\n\x06\x63opies\x18\x07 \x03(\x0b\x32\x1a.quire.common.v1.BlockCopy\x12\x12\n\nremap_rows\x18\x08 \x03(\x05\x12\x15\n\rremap_indexes\x18\t \x03(\x05\x12\x17\n\x0fremap_block_ids\x18\n \x03(\x05\x12*\n\x08refusals\x18\x0b \x03(\x0b\x32\x18.quire.memory.v1.Refusal\x12\x1c\n\x14num_available_blocks\x18\x0c \x01(\x05\"f\n\tAdmission\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\x05\x12\x1c\n\x14num_scheduled_tokens\x18\x03 \x01(\x05\x12\x13\n\x0b\x62lock_table\x18\x04 \x01(\x0c\"/\n\x0b\x46orkedTable\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x13\n\x0b\x62lock_table\x18\x02 \x01(\x0c\"F\n\x07Refusal\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12.\n\x06reason\x18\x02 \x01(\x0e\x32\x1e.quire.memory.v1.RefusalReason*\x95\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18REFUSAL_REASON_NO_BLOCKS\x10\x01\x12%\n!REFUSAL_REASON_PREFIX_IN_PROGRESS\x10\x02\x12\x1f\n\x1bREFUSAL_REASON_TOKEN_BUDGET\x10\x03\x32\x61\n\rMemoryService\x12P\n\x07Session\x12\x1f.quire.memory.v1.SessionRequest\x1a .quire.memory.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dprotos/memory/v1/memory.proto\x12\x0fquire.memory.v1\x1a\x1cprotos/common/v1/block.proto\"\xae\x01\n\x0eSessionRequest\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.quire.memory.v1.SessionHelloH\x00\x12-\n\x04step\x18\x02 \x01(\x0b\x32\x1d.quire.memory.v1.AllocateStepH\x00\x12\x32\n\x07goodbye\x18\x03 \x01(\x0b\x32\x1f.quire.memory.v1.SessionGoodbyeH\x00\x42\t\n\x07message\"\x83\x01\n\x0fSessionResponse\x12\x32\n\x07welcome\x18\x01 \x01(\x0b\x32\x1f.quire.memory.v1.SessionWelcomeH\x00\x12\x31\n\x06\x61nswer\x18\x02 \x01(\x0b\x32\x1f.quire.memory.v1.AllocateAnswerH\x00\x42\t\n\x07message\"d\n\x0cSessionHello\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\x12\x19\n\x11writer_generation\x18\x03 \x01(\x03\x12\x14\n\x0cmax_num_rows\x18\x04 \x01(\x05\"\x10\n\x0eSessionGoodbye\"\xba\x01\n\x0eSessionWelcome\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x19\n\x11last_applied_step\x18\x02 \x01(\x03\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12\x33\n\tsequences\x18\x05 \x03(\x0b\x32 .quire.memory.v1.SessionSequence\x12\x1c\n\x14prefix_cache_enabled\x18\x06 \x01(\x08\"z\n\x0fSessionSequence\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x13\n\x0bsequence_id\x18\x03 \x01(\t\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\x05\x12\x13\n\x0b\x62lock_table\x18\x05 \x01(\x0c\"\x8b\x03\n\x0c\x41llocateStep\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12\x19\n\x11\x61\x63knowledged_step\x18\x03 \x01(\x03\x12\x13\n\x0b\x63ommit_rows\x18\x04 \x03(\x05\x12\"\n\x1a\x63ommit_num_computed_tokens\x18\x05 \x03(\x05\x12\x18\n\x10\x63ommit_token_ids\x18\x06 \x01(\x0c\x12\x14\n\x0crelease_rows\x18\x07 \x03(\x05\x12*\n\x05\x66orks\x18\x08 \x03(\x0b\x32\x1b.quire.memory.v1.ForkDemand\x12\x13\n\x0b\x65xtend_rows\x18\t \x03(\x05\x12\x15\n\rextend_starts\x18\n \x03(\x05\x12\x19\n\x11\x65xtend_num_tokens\x18\x0b \x03(\x05\x12,\n\x06\x61\x64mits\x18\x0c \x03(\x0b\x32\x1c.quire.memory.v1.AdmitDemand\x12\x1a\n\x12\x61\x64mit_token_budget\x18\r \x01(\x05\x12\x18\n\x10watermark_blocks\x18\x0e \x01(\x05\"\x88\x01\n\x0b\x41\x64mitDemand\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x13\n\x0bincarnation\x18\x02 \x01(\x05\x12\x13\n\x0bsequence_id\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x01(\x0c\x12\x15\n\rnum_sequences\x18\x06 \x01(\x05J\x04\x08\x07\x10\x08\"\x84\x01\n\nForkDemand\x12\x0f\n\x07src_row\x18\x01 \x01(\x05\x12\x0f\n\x07\x64st_row\x18\x02 \x01(\x05\x12\x17\n\x0f\x64st_incarnation\x18\x03 \x01(\x05\x12\x13\n\x0bsequence_id\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x12\n\nnum_tokens\x18\x06 \x01(\x05\"\x80\x03\n\x0e\x41llocateAnswer\x12\x12\n\ngeneration\x18\x01 \x01(\x03\x12\x0c\n\x04step\x18\x02 \x01(\x03\x12.\n\nadmissions\x18\x03 \x03(\x0b\x32\x1a.quire.memory.v1.Admission\x12\x16\n\x0enew_block_rows\x18\x04 \x03(\x05\x12\x15\n\rnew_block_ids\x18\x05 \x03(\x05\x12\x33\n\rforked_tables\x18\x06 \x03(\x0b\x32\x1c.quire.memory.v1.ForkedTable\x12*\n\x06\x63opies\x18\x07 \x03(\x0b\x32\x1a.quire.common.v1.BlockCopy\x12\x12\n\nremap_rows\x18\x08 \x03(\x05\x12\x15\n\rremap_indexes\x18\t \x03(\x05\x12\x17\n\x0fremap_block_ids\x18\n \x03(\x05\x12*\n\x08refusals\x18\x0b \x03(\x0b\x32\x18.quire.memory.v1.Refusal\x12\x1c\n\x14num_available_blocks\x18\x0c \x01(\x05\"f\n\tAdmission\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\x05\x12\x1c\n\x14num_scheduled_tokens\x18\x03 \x01(\x05\x12\x13\n\x0b\x62lock_table\x18\x04 \x01(\x0c\"/\n\x0b\x46orkedTable\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x13\n\x0b\x62lock_table\x18\x02 \x01(\x0c\"F\n\x07Refusal\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12.\n\x06reason\x18\x02 \x01(\x0e\x32\x1e.quire.memory.v1.RefusalReason*\x95\x01\n\rRefusalReason\x12\x1e\n\x1aREFUSAL_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18REFUSAL_REASON_NO_BLOCKS\x10\x01\x12%\n!REFUSAL_REASON_PREFIX_IN_PROGRESS\x10\x02\x12\x1f\n\x1bREFUSAL_REASON_TOKEN_BUDGET\x10\x03\x32\x61\n\rMemoryService\x12P\n\x07Session\x12\x1f.quire.memory.v1.SessionRequest\x1a .quire.memory.v1.SessionResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.memory.v1.memory_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REFUSALREASON']._serialized_start=2038
-  _globals['_REFUSALREASON']._serialized_end=2187
-  _globals['_SESSIONREQUEST']._serialized_start=80
-  _globals['_SESSIONREQUEST']._serialized_end=202
-  _globals['_SESSIONRESPONSE']._serialized_start=205
-  _globals['_SESSIONRESPONSE']._serialized_end=336
-  _globals['_SESSIONHELLO']._serialized_start=338
-  _globals['_SESSIONHELLO']._serialized_end=438
-  _globals['_SESSIONWELCOME']._serialized_start=441
-  _globals['_SESSIONWELCOME']._serialized_end=627
-  _globals['_SESSIONSEQUENCE']._serialized_start=629
-  _globals['_SESSIONSEQUENCE']._serialized_end=751
-  _globals['_ALLOCATESTEP']._serialized_start=754
-  _globals['_ALLOCATESTEP']._serialized_end=1149
-  _globals['_ADMITDEMAND']._serialized_start=1152
-  _globals['_ADMITDEMAND']._serialized_end=1288
-  _globals['_FORKDEMAND']._serialized_start=1291
-  _globals['_FORKDEMAND']._serialized_end=1423
-  _globals['_ALLOCATEANSWER']._serialized_start=1426
-  _globals['_ALLOCATEANSWER']._serialized_end=1810
-  _globals['_ADMISSION']._serialized_start=1812
-  _globals['_ADMISSION']._serialized_end=1914
-  _globals['_FORKEDTABLE']._serialized_start=1916
-  _globals['_FORKEDTABLE']._serialized_end=1963
-  _globals['_REFUSAL']._serialized_start=1965
-  _globals['_REFUSAL']._serialized_end=2035
-  _globals['_MEMORYSERVICE']._serialized_start=2189
-  _globals['_MEMORYSERVICE']._serialized_end=2286
+  _globals['_REFUSALREASON']._serialized_start=2109
+  _globals['_REFUSALREASON']._serialized_end=2258
+  _globals['_SESSIONREQUEST']._serialized_start=81
+  _globals['_SESSIONREQUEST']._serialized_end=255
+  _globals['_SESSIONRESPONSE']._serialized_start=258
+  _globals['_SESSIONRESPONSE']._serialized_end=389
+  _globals['_SESSIONHELLO']._serialized_start=391
+  _globals['_SESSIONHELLO']._serialized_end=491
+  _globals['_SESSIONGOODBYE']._serialized_start=493
+  _globals['_SESSIONGOODBYE']._serialized_end=509
+  _globals['_SESSIONWELCOME']._serialized_start=512
+  _globals['_SESSIONWELCOME']._serialized_end=698
+  _globals['_SESSIONSEQUENCE']._serialized_start=700
+  _globals['_SESSIONSEQUENCE']._serialized_end=822
+  _globals['_ALLOCATESTEP']._serialized_start=825
+  _globals['_ALLOCATESTEP']._serialized_end=1220
+  _globals['_ADMITDEMAND']._serialized_start=1223
+  _globals['_ADMITDEMAND']._serialized_end=1359
+  _globals['_FORKDEMAND']._serialized_start=1362
+  _globals['_FORKDEMAND']._serialized_end=1494
+  _globals['_ALLOCATEANSWER']._serialized_start=1497
+  _globals['_ALLOCATEANSWER']._serialized_end=1881
+  _globals['_ADMISSION']._serialized_start=1883
+  _globals['_ADMISSION']._serialized_end=1985
+  _globals['_FORKEDTABLE']._serialized_start=1987
+  _globals['_FORKEDTABLE']._serialized_end=2034
+  _globals['_REFUSAL']._serialized_start=2036
+  _globals['_REFUSAL']._serialized_end=2106
+  _globals['_MEMORYSERVICE']._serialized_start=2260
+  _globals['_MEMORYSERVICE']._serialized_end=2357
 # @@protoc_insertion_point(module_scope)

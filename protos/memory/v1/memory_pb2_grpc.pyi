@@ -36,8 +36,9 @@ class MemoryServiceStub:
     Session: _grpc.StreamStreamMultiCallable[_memory_pb2.SessionRequest, _memory_pb2.SessionResponse]
     """Session opens or resumes a session and carries its steps. The first request is `hello`, answered by `welcome`; each
     further request is one `step`, answered by one `answer` with the same number, in order. The session lives while
-    the stream does and, once the stream broke, for the lease's time to live; within it a new stream may resume. When
-    the caller half-closes the stream, the session ends at once and all its sequences are released.
+    the stream does and, once the stream ended in any other way than by `goodbye`, for the lease's time to live; within
+    it a new stream may resume. After `goodbye` the session ends at once, all its sequences are released, and the stream
+    ends with OK.
     Errors end the stream: FAILED_PRECONDITION BROKEN_CONTRACT (nothing of the offending step was applied), ABORTED
     SESSION_FENCED, UNAVAILABLE NO_POOL. It carries no deadline.
     """
@@ -50,8 +51,9 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     Session: _aio.StreamStreamMultiCallable[_memory_pb2.SessionRequest, _memory_pb2.SessionResponse]  # type: ignore[assignment]
     """Session opens or resumes a session and carries its steps. The first request is `hello`, answered by `welcome`; each
     further request is one `step`, answered by one `answer` with the same number, in order. The session lives while
-    the stream does and, once the stream broke, for the lease's time to live; within it a new stream may resume. When
-    the caller half-closes the stream, the session ends at once and all its sequences are released.
+    the stream does and, once the stream ended in any other way than by `goodbye`, for the lease's time to live; within
+    it a new stream may resume. After `goodbye` the session ends at once, all its sequences are released, and the stream
+    ends with OK.
     Errors end the stream: FAILED_PRECONDITION BROKEN_CONTRACT (nothing of the offending step was applied), ABORTED
     SESSION_FENCED, UNAVAILABLE NO_POOL. It carries no deadline.
     """
@@ -67,8 +69,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_memory_pb2.SessionResponse], _abc.AsyncIterator[_memory_pb2.SessionResponse]]:
         """Session opens or resumes a session and carries its steps. The first request is `hello`, answered by `welcome`; each
         further request is one `step`, answered by one `answer` with the same number, in order. The session lives while
-        the stream does and, once the stream broke, for the lease's time to live; within it a new stream may resume. When
-        the caller half-closes the stream, the session ends at once and all its sequences are released.
+        the stream does and, once the stream ended in any other way than by `goodbye`, for the lease's time to live; within
+        it a new stream may resume. After `goodbye` the session ends at once, all its sequences are released, and the stream
+        ends with OK.
         Errors end the stream: FAILED_PRECONDITION BROKEN_CONTRACT (nothing of the offending step was applied), ABORTED
         SESSION_FENCED, UNAVAILABLE NO_POOL. It carries no deadline.
         """

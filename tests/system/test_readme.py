@@ -1,0 +1,146 @@
+"""What the README tells a reader to type works as it stands."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from quire.client import Client
+
+if TYPE_CHECKING:
+    from processes import Quire
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BUF = ROOT / "node_modules" / ".bin" / "buf"
+REQUEST_ID = "my-request"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    """Every call of `program` in the README, as words."""
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith(program)]
+
+
+def own_address(quire: Quire, words: list[str]) -> list[str]:
+    """`words` with the addresses of this test's services."""
+    memory = quire.addresses["memory"].removeprefix("unix:")
+    return [
+        word.replace("$MEMORY", memory).replace("127.0.0.1:7071", quire.addresses["router"])
+        for word in words
+    ]
+
+
+def as_buf_curl(words: list[str]) -> list[str]:
+    """A command line of grpcurl in the words of `buf curl`, which is what can be installed here."""
+    rest = iter(words[1:])
+    flags: list[str] = []
+    positional: list[str] = []
+    is_unix = False
+    for word in rest:
+        if word == "-d":
+            flags += ["--data", next(rest)]
+        elif word == "-unix":
+            is_unix = True
+        elif word != "-plaintext":
+            positional.append(word)
+    address, method = positional
+    if is_unix:
+        flags += ["--unix-socket", address]
+    host = "localhost" if is_unix else address
+    return [
+        "buf",
+        "curl",
+        "--protocol",
+        "grpc",
+        "--http2-prior-knowledge",
+        *flags,
+        f"http://{host}/{method}",
+    ]
+
+
+def run_buf(words: list[str]) -> str:
+    done = subprocess.run(
+        [str(BUF), *words[1:]], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [*map(as_buf_curl, commands("grpcurl")), *commands("buf curl")],
+    ids=lambda words: words[-1].rsplit("/", 1)[-1],
+)
+def test_the_grpcurl_calls_answer(words: list[str], quire: Quire) -> None:
+    """Each call of the README, against live servers found by reflection, while the request it names runs."""
+    with Client(quire.addresses["router"]) as client:
+        running = client.generate(
+            "def f():", request_id=REQUEST_ID, max_tokens=900, ignore_eos=True
+        )
+        next(running)
+        answer = run_buf(own_address(quire, words))
+        client.abort(REQUEST_ID)
+        list(running)
+    decoder = json.JSONDecoder()
+    found, end = decoder.raw_decode(answer)
+    assert found
+    if words[-1].endswith("GetSequence"):
+        assert found["blockTable"][0]["refCount"] == 1
+    if words[-1].endswith("Generate"):
+        assert "accepted" in found
+        assert '"finished"' in answer[end:]
+
+
+def test_the_readme_has_the_calls() -> None:
+    """The tests above found what they are about."""
+    assert len(commands("grpcurl")) == 5
+    assert len(commands("buf curl")) == 1
+    assert len(commands(".venv/bin/quire inspect")) == 4
+
+
+@pytest.mark.parametrize("source", blocks("python"))
+def test_the_python_runs(source: str, quire: Quire) -> None:
+    """The Python of the README is a program that prints text."""
+    program = source.replace("127.0.0.1:7071", quire.addresses["router"])
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) >= 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [*commands(".venv/bin/quire inspect"), *commands(".venv/bin/quire generate")],
+    ids=lambda words: "-".join(words[1:3]),
+)
+def test_the_commands_run(words: list[str], quire: Quire) -> None:
+    """`quire inspect` and `quire generate` as written, pointed at this test's router."""
+    with Client(quire.addresses["router"]) as client:
+        running = client.generate(
+            "def f():", request_id=REQUEST_ID, max_tokens=900, ignore_eos=True
+        )
+        next(running)
+        done = subprocess.run(
+            [str(ROOT / words[0]), *words[1:], "--router-address", quire.addresses["router"]],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        client.abort(REQUEST_ID)
+        list(running)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.strip()
