@@ -8,17 +8,23 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from quire.cli.pool_picture import draw_pool
 from quire.client import Client, GenerateOptions, PoolInspector
+from quire.run_folder import memory_address
+from quire.settings import DEFAULT_ROUTER_ADDRESS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from concurrent.futures import Future
+
+    from quire.client import Pool
 
 _TIMEOUT_S = 60.0
+_LOOK_EVERY_S = 0.02
 _PROMPT = "import os\nimport sys\n\n\ndef main():\n"
 _OPTIONS: GenerateOptions = {
     "max_tokens": 48,
@@ -33,7 +39,7 @@ _ENDINGS = ("os.path", "sys.argv", "print", "open", "len", "range", "str", "list
 def demo(_argv: Sequence[str]) -> int:
     """Run the demonstration; the process's exit status."""
     command = [sys.executable, "-c", "import sys; from quire.cli import main; sys.exit(main())"]
-    flags = ["up", "--listen", "127.0.0.1:0", "--memory-budget", "16MiB", "--log-level", "warning"]
+    flags = ["up", "--listen", "127.0.0.1:0", "--memory-budget", "4MiB", "--log-level", "warning"]
     services = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)  # noqa: S603 -- ourselves
     assert services.stdout is not None
     try:
@@ -56,14 +62,16 @@ def _show(addresses: dict[str, str]) -> None:
         PoolInspector(addresses["memory"]) as inspector,
     ):
         _stream_one(client)
-        _share_prefix(client, console)
-        console.print("\nthe pool, with what these requests left in the prefix cache:")
+        busiest = _share_prefix(client, inspector, console)
+        console.print("\nthe pool while they ran, when most blocks were shared:")
+        draw_pool(console, busiest)
+        console.print("\nand now, with what they left in the prefix cache:")
         draw_pool(console, inspector.get_pool())
-    memory = addresses["memory"].removeprefix("unix:")
-    print("\nTo look for yourself, start `quire up` and ask (its ready line has the addresses):")
+    memory = memory_address(DEFAULT_ROUTER_ADDRESS).removeprefix("unix:")
+    print("\nTo look for yourself, start `quire up` in another terminal and ask:")
     print(f"  grpcurl -plaintext -unix {memory} quire.memory.v1.InspectionService/GetPool")
     print(
-        f'  grpcurl -plaintext -d \'{{"text": "import"}}\' {addresses["router"]} '
+        f'  grpcurl -plaintext -d \'{{"text": "import"}}\' {DEFAULT_ROUTER_ADDRESS} '
         "quire.router.v1.RouterService/Generate"
     )
 
@@ -76,14 +84,15 @@ def _stream_one(client: Client) -> None:
     print()
 
 
-def _share_prefix(client: Client, console: Console) -> None:
-    """The first request fills the cache; the others find its prefix."""
+def _share_prefix(client: Client, inspector: PoolInspector, console: Console) -> Pool:
+    """The first request fills the cache, the others find its prefix; the pool at the moment of most sharing."""
     prefix = Path(signal.__file__).read_text(encoding="utf-8")[:1200]
     prompts = [f"{prefix}\n{ending}" for ending in _ENDINGS]
     started = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = pool.map(lambda text: client.complete(text, **_OPTIONS), prompts)
-        usages = [answer.completions[0].finished.usage for answer in answers]
+        answers = [pool.submit(client.complete, text, **_OPTIONS) for text in prompts]
+        busiest = _watch(inspector, answers)
+        usages = [answer.result().completions[0].finished.usage for answer in answers]
     seconds = time.perf_counter() - started
     num_output = sum(usage.num_output_tokens for usage in usages)
     num_prompt = sum(usage.num_prompt_tokens for usage in usages)
@@ -93,3 +102,13 @@ def _share_prefix(client: Client, console: Console) -> None:
         f"{num_output / seconds:.0f} tokens/s; {num_cached} of {num_prompt} prompt tokens were prefix hits",
         soft_wrap=True,
     )
+    return busiest
+
+
+def _watch(inspector: PoolInspector, answers: Sequence[Future[Any]]) -> Pool:
+    """Look at the pool until all answers are there; the look that saw most blocks shared."""
+    looks = [inspector.get_pool()]
+    while not all(answer.done() for answer in answers):
+        time.sleep(_LOOK_EVERY_S)
+        looks.append(inspector.get_pool())
+    return max(looks, key=lambda look: look.num_shared_blocks)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
     from quire.client import Pool
 
-_WIDTH = 80
+_WIDTH = 72  # a little more comes from rounding up
 
 
 def draw_pool(console: Console, pool: Pool) -> None:
