@@ -18,6 +18,7 @@ from processes import running_service, wait_until_serving
 from tiny_checkpoints import VOCAB_SIZE, make_checkpoint
 from transformers import AutoModelForCausalLM
 
+from protos.common.v1 import block_pb2
 from protos.compute.v1 import compute_pb2, compute_pb2_grpc
 from protos.memory.v1 import (
     inspection_pb2,
@@ -88,7 +89,15 @@ class Stream:
 
     def ask(self, message: Any) -> Any:
         """Send, and wait for the answer; raises the error that ends the stream."""
+        self.send(message)
+        return self.receive()
+
+    def send(self, message: Any) -> None:
+        """Send, and do not wait."""
         self._outgoing.put(message)
+
+    def receive(self) -> Any:
+        """The next answer; raises the error that ends the stream."""
         try:
             return next(self._incoming)
         except grpc.RpcError as error:
@@ -322,6 +331,68 @@ def test_compute_asks_for_a_reset_and_changes_its_epoch_after_a_failure(pair: Pa
     )
     again = execute(4, generation, failure.epoch, reset=True, new_rows=[new_row], **run)
     assert 0 <= stream.ask(again).result.token_ids[0] < VOCAB_SIZE
+    stream.close()
+
+
+def test_steps_in_flight_feed_each_other_on_the_device(pair: Pair) -> None:
+    """Steps sent before the first answers, forks among them, run in order with tokens that nobody has seen yet."""
+    stream = Stream(pair.compute.Execute)
+    generation = 10**6 + 1
+    epoch = stream.ask(compute_hello(pair, generation)).welcome.epoch
+    new_row = compute_pb2.RowState(
+        incarnation=1,
+        block_table=ids([1]),
+        token_ids=ids(PROMPT),
+        num_prompt_tokens=len(PROMPT),
+        sampling=compute_pb2.SamplingSettings(
+            temperature=1, top_p=1, repetition_penalty=1, num_logprobs=-1, seed=3
+        ),
+    )
+    fork = compute_pb2.RowFork(
+        dst_row=1,
+        dst_incarnation=1,
+        block_table=ids([2]),
+        num_tokens=len(PROMPT),
+        source_step=1,
+        source_output=1,
+    )
+    copy = block_pb2.BlockCopy(src_block_id=1, dst_block_id=2)
+    count = len(PROMPT)
+    first = {"rows": [0], "starts": [0], "num_tokens": [count], "output_rows": [0, 0]}
+    second = {"rows": [0, 1], "starts": [count, count], "num_tokens": [1, 1], "output_rows": [0, 1]}
+    third = {**second, "starts": [count + 1, count + 1]}
+    samples = {"output_samples": [0, 1]}
+    stream.send(execute(1, generation, epoch, reset=True, new_rows=[new_row], **first, **samples))
+    pending = {"pending_rows": [0], "pending_steps": [1], "pending_outputs": [0]}
+    stream.send(
+        execute(2, generation, epoch, forks=[fork], copies=[copy], **pending, **second, **samples)
+    )
+    pending = {"pending_rows": [0, 1], "pending_steps": [2, 2], "pending_outputs": [0, 1]}
+    stream.send(execute(3, generation, epoch, **pending, **third, **samples))
+    found = [list(stream.receive().result.token_ids) for _ in range(3)]
+    # The same, one sample at a time, every token sent by us.
+    for sample_index in range(2):
+        tokens = [row[sample_index] for row in found]
+        for number in range(3):
+            known = compute_pb2.RowState(
+                incarnation=1,
+                block_table=ids([3]),
+                token_ids=ids(PROMPT + tokens[:number]),
+                num_prompt_tokens=count,
+                sampling=new_row.sampling,
+            )
+            run = {"rows": [0], "starts": [0], "num_tokens": [count + number], "output_rows": [0]}
+            step = 10 + 3 * sample_index + number
+            alone = execute(
+                step,
+                generation,
+                epoch,
+                reset=True,
+                new_rows=[known],
+                output_samples=[sample_index],
+                **run,
+            )
+            assert list(stream.ask(alone).result.token_ids) == [tokens[number]]
     stream.close()
 
 
