@@ -111,7 +111,7 @@ def _check_flags(cls: type[CommonSettings], arguments: list[str], prog: str) -> 
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag not in {*names, *switches, "--help"}:
-            _refuse_unknown(prog, "flag", flag, names)
+            _refuse_unknown(prog, "flag", flag, [*names, "--config", "--help"])
 
 
 def _check_variables(prog: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -10,16 +12,22 @@ from router.request import first_sequence
 from router.waiting_queue import WaitingQueue
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from router.request import Request
+
+_NUM_ENDS = 16
+_FIRST_RETRY_S = 1.0  # as long as too few have ended to tell
+_RETRY_RANGE_S = (0.05, 60.0)
 
 
 class RequestTable:
     """Requests by id. A request is live from `add` until every sample has ended."""
 
-    def __init__(self, queue_limit: int) -> None:
+    def __init__(self, queue_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._queue_limit = queue_limit
+        self._clock = clock
+        self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # when the last requests ended
         self._arrivals = count()
         self._requests: dict[str, Request] = {}
         self.waiting = WaitingQueue()
@@ -66,10 +74,17 @@ class RequestTable:
             raise QueueFull(
                 message,
                 metadata={"num_waiting": num_waiting, "queue_limit": self._queue_limit},
-                retry_after_s=1.0,
+                retry_after_s=self._seconds_to_a_place(),
             )
+
+    def _seconds_to_a_place(self) -> float:
+        """One over the rate at which requests end and their blocks come free."""
+        if len(self._ends) < _NUM_ENDS:
+            return _FIRST_RETRY_S
+        seconds = (self._clock() - self._ends[0]) / len(self._ends)
+        return min(max(seconds, _RETRY_RANGE_S[0]), _RETRY_RANGE_S[1])
 
     def forget_if_finished(self, request: Request) -> None:
         """Let the id of a request go once every sample has ended."""
-        if request.is_finished:
-            self._requests.pop(request.request_id, None)
+        if request.is_finished and self._requests.pop(request.request_id, None) is not None:
+            self._ends.append(self._clock())

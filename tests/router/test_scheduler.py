@@ -15,6 +15,7 @@ from simulated_node import POISON, SimulatedDevice, SimulatedMemory, next_token
 from memory_service.integrity import check_integrity
 from quire.errors import QueueFull, QuireError, RequestIdInUse, StepFailed
 from router.request import Finish, FinishReason, Request
+from router.requests import RequestTable
 from router.sampling_params import SamplingParams, StoppingCriteria
 from router.scheduler import Scheduler, SchedulerLimits
 from router.step import StepFailure
@@ -303,6 +304,23 @@ def test_a_full_queue_refuses_with_a_time_to_wait() -> None:
         scheduler.add(make_request("c", [1]))
     assert caught.value.retry_after_s
     assert len(scheduler.requests) == 2
+
+
+def test_the_time_to_wait_is_that_between_two_ends() -> None:
+    """When a request ends every half second, a place is promised in half a second."""
+    now = 0.0
+    table = RequestTable(queue_limit=1, clock=lambda: now)
+    for number in range(20):
+        request = make_request(f"r{number}", [1])
+        table.add(request)
+        table.waiting.remove(request.sequences[0])
+        request.finish_sample(0, FinishReason.STOP)
+        now += 0.5
+        table.forget_if_finished(request)
+    table.add(make_request("a", [1]))
+    with pytest.raises(QueueFull) as caught:
+        table.add(make_request("b", [1]))
+    assert caught.value.retry_after_s == pytest.approx(0.5, rel=0.1)
 
 
 def test_an_id_is_free_again_after_its_end() -> None:
