@@ -191,3 +191,29 @@ def test_a_conversation_is_rendered_by_the_chat_template(quire: Quire) -> None:
     ids = quire.router.Tokenize(pb.TokenizeRequest(conversation=conversation)).token_ids
     text = quire.router.Detokenize(pb.DetokenizeRequest(token_ids=ids)).text
     assert text == "# user: hi\n# assistant:"
+
+
+def test_generated_tokens_are_cached_too(quire: Quire) -> None:
+    """A prompt that repeats an earlier one with its output hits every full block of both."""
+    message = request("class Cached(object):\n    '''What was", 60, temperature=0)
+    prompt = list(quire.router.Tokenize(pb.TokenizeRequest(text=message.text)).token_ids)
+    output = list(complete(quire, message).completions[0].token_ids)
+    again = pb.GenerateRequest(
+        tokens=pb.TokenIds(ids=prompt + output), stopping=pb.StoppingCriteria(max_tokens=1)
+    )
+    usage = complete(quire, again).completions[0].finished.usage
+    # The last token was sampled, but never run.
+    num_computed = len(prompt) + len(output) - 1
+    assert usage.num_cached_tokens == num_computed // 16 * 16 > len(prompt)
+
+
+def test_logprobs_come_with_their_tokens(quire: Quire) -> None:
+    """Each token has its own log-probability and as many of the likeliest as were asked for, highest first."""
+    found = complete(quire, request("import os", 12, temperature=0, num_logprobs=3)).completions[0]
+    assert len(found.logprobs) == len(found.token_ids) == 12
+    for token_id, logprobs in zip(found.token_ids, found.logprobs, strict=True):
+        assert logprobs.token_id == token_id == logprobs.top[0].token_id
+        values = [top.logprob for top in logprobs.top]
+        assert values == sorted(values, reverse=True)
+        assert len(values) == 3
+        assert logprobs.logprob == values[0] < 0
