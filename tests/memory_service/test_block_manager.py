@@ -194,6 +194,7 @@ class PoolMachine(RuleBasedStateMachine):
             found.in_flight = [(self.step, admission.num_scheduled_tokens)]
             self.sequences[admission.row] = found
             begin = admission.num_cached_tokens
+            assert admission.num_scheduled_tokens >= 1
             end = begin + admission.num_scheduled_tokens
             work.append((tokens, list(found.table), begin, end))
         assert not {src for src, _ in answer.copies} & {dst for _, dst in answer.copies}
@@ -289,6 +290,90 @@ def test_prefix_in_progress_waits_and_then_hits() -> None:
     (admission,) = admit(manager, 1, tokens, 4).admissions
     assert (admission.num_cached_tokens, admission.num_scheduled_tokens) == (8, 1)
     assert manager.table(SESSION).block_table(0)[:2].tolist() == admission.block_table[:2].tolist()
+
+
+def test_a_hit_leaves_a_token_to_run() -> None:
+    """A prompt that is wholly cached and ends with a full block runs that block again: its last logits are needed."""
+    manager = make_manager()
+    tokens = list(range(8))
+    admit(manager, 0, tokens, 1)
+    commit = StepDemand(
+        step=2,
+        commit_rows=ints([0]),
+        commit_num_computed_tokens=ints([8]),
+        commit_token_ids=ints(tokens),
+    )
+    manager.apply(SESSION, commit)
+    (admission,) = admit(manager, 1, tokens, 3).admissions
+    assert (admission.num_cached_tokens, admission.num_scheduled_tokens) == (4, 4)
+
+
+@pytest.mark.parametrize(("num_blocks", "fits"), [(5, False), (6, True)])
+def test_siblings_count_at_admission(num_blocks: int, *, fits: bool) -> None:
+    """Three samples of a prompt of three blocks need two copies of the last one besides."""
+    manager = make_manager(num_blocks)
+    demand = StepDemand(
+        step=1,
+        admits=(Admit(0, 1, "a", "a", ints(list(range(10))), num_sequences=3),),
+        admit_token_budget=99,
+    )
+    assert bool(manager.apply(SESSION, demand).admissions) == fits
+
+
+@pytest.mark.parametrize(("watermark", "fits"), [(2, True), (3, False)])
+def test_admissions_leave_the_watermark_unless_alone(watermark: int, *, fits: bool) -> None:
+    """A second sequence must leave as many blocks as the watermark says; the first one need not."""
+    manager = make_manager(num_blocks=6)
+    admit(manager, 0, list(range(8)), 1)
+    demand = StepDemand(
+        step=2,
+        admits=(Admit(1, 1, "b", "b", ints([90])),),
+        admit_token_budget=99,
+        watermark_blocks=watermark,
+    )
+    assert bool(manager.apply(SESSION, demand).admissions) == fits
+    alone = make_manager(num_blocks=3)
+    demand = StepDemand(
+        step=1,
+        admits=(Admit(0, 1, "a", "a", ints(list(range(8)))),),
+        admit_token_budget=99,
+        watermark_blocks=5,
+    )
+    assert alone.apply(SESSION, demand).admissions
+
+
+def test_the_tail_of_a_chain_is_evicted_before_its_head() -> None:
+    """What is evicted first is what no later prompt can use without the rest."""
+    manager = make_manager(num_blocks=4)
+    tokens = list(range(12))
+    admit(manager, 0, tokens, 1)
+    commit = {
+        "commit_rows": ints([0]),
+        "commit_num_computed_tokens": ints([12]),
+        "commit_token_ids": ints(tokens),
+    }
+    manager.apply(SESSION, StepDemand(step=2, releases=(0,), **commit))
+    admit(manager, 1, [50], 3)
+    manager.apply(SESSION, StepDemand(step=4, releases=(1,)))
+    (admission,) = admit(manager, 2, tokens, 5).admissions
+    assert admission.num_cached_tokens == 8
+
+
+def test_the_same_tokens_behind_another_prefix_are_another_block() -> None:
+    """The key of a block depends on everything before it."""
+    manager = make_manager()
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8]
+    admit(manager, 0, tokens, 1)
+    commit = {
+        "commit_rows": ints([0]),
+        "commit_num_computed_tokens": ints([8]),
+        "commit_token_ids": ints(tokens),
+    }
+    manager.apply(SESSION, StepDemand(step=2, releases=(0,), **commit))
+    (admission,) = admit(manager, 1, [9, 9, 9, 9, *tokens[4:], 0], 3).admissions
+    assert admission.num_cached_tokens == 0
+    (admission,) = admit(manager, 2, [*tokens[4:], 0], 4).admissions
+    assert admission.num_cached_tokens == 0
 
 
 def test_scarcity_is_a_refusal_and_ends_the_admissions() -> None:
