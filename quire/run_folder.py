@@ -6,9 +6,13 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from quire.serving import UNIX_PREFIX, StartupError
+
+_LEFT_OVER_S = 60.0
 
 
 def run_folder(router_address: str) -> Path:
@@ -28,6 +32,7 @@ def memory_address(router_address: str) -> str:
 def make_run_folder(router_address: str) -> Path:
     """Make the folder, for this user only; raises StartupError when somebody else made it first."""
     folder = run_folder(router_address)
+    _remove_left_over(folder.parent)
     for found in (folder.parent, folder):
         found.mkdir(mode=0o700, exist_ok=True)
         status = found.lstat()
@@ -36,3 +41,12 @@ def make_run_folder(router_address: str) -> Path:
             message = f"{found} belongs to another user or is open to others; remove it"
             raise StartupError(message)
     return folder
+
+
+def _remove_left_over(parent: Path) -> None:
+    """Remove empty folders of runs that were killed; the services of such a run took their sockets with them."""
+    for found in parent.glob("*"):
+        # Another `quire up` may have made its folder just now.
+        with suppress(OSError):
+            if time.time() - found.stat().st_mtime > _LEFT_OVER_S:
+                found.rmdir()

@@ -66,9 +66,18 @@ def load(cls: type[SettingsT], argv: Sequence[str], *, prog: str) -> SettingsT:
     try:
         return Loaded()
     except ValidationError as error:
-        found = error.errors()[0]
-        name = "-".join(str(part) for part in found["loc"][:1]).replace("_", "-")
-        _refuse(prog, f"--{name}: {found['msg']} (got {found['input']!r})")
+        _refuse(prog, _in_words(cls, error))
+
+
+def _in_words(cls: type[CommonSettings], error: ValidationError) -> str:
+    found = error.errors()[0]
+    field = str(found["loc"][0]) if found["loc"] else ""
+    # Every field but the words of a command has a default.
+    is_positional = field in cls.model_fields and cls.model_fields[field].is_required()
+    name = field.upper() if is_positional else f"--{field.replace('_', '-')}"
+    if found["type"] == "missing":
+        return f"{name} is missing or empty"
+    return f"{name}: {found['msg']} (got {found['input']!r})"
 
 
 class _OneLineParser(argparse.ArgumentParser):

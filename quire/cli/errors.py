@@ -42,4 +42,6 @@ def reporting_errors(address: str) -> Iterator[Outcome]:
 def _in_words(error: QuireError, address: str) -> str:
     if isinstance(error, RemoteError) and error.status_code is grpc.StatusCode.UNAVAILABLE:
         return f"nothing answers on {address}; is `quire up` running? ({error.message})"
+    if isinstance(error, RemoteError) and error.status_code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f"{address} did not answer in time; --timeout-s gives it more"
     return error.message
