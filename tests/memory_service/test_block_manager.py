@@ -393,6 +393,22 @@ def test_scarcity_is_a_refusal_and_ends_the_admissions() -> None:
     assert answer.refusals == [(1, RefusalReason.NO_BLOCKS), (2, RefusalReason.NO_BLOCKS)]
 
 
+def test_nobody_overtakes_a_running_sequence_that_lacks_blocks() -> None:
+    """Behind a refused extend, those that need blocks are refused too; those that need none run on."""
+    manager = make_manager(num_blocks=5)
+    for row, length in enumerate((4, 4, 3)):
+        admit(manager, row, [10 * row + i for i in range(length)], row + 1)
+    demand = StepDemand(
+        step=9,
+        extend_rows=ints([0, 1, 2]),
+        extend_starts=ints([4, 4, 3]),
+        extend_num_tokens=ints([5, 1, 1]),
+    )
+    answer = manager.apply(SESSION, demand)
+    assert answer.refusals == [(0, RefusalReason.NO_BLOCKS), (1, RefusalReason.NO_BLOCKS)]
+    assert answer.new_blocks == []
+
+
 @pytest.mark.parametrize(
     "demand",
     [
