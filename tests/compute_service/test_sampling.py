@@ -129,6 +129,14 @@ def test_filters_keep_what_transformers_keeps(
     assert set(draws(logits, 3000, **changes)) == set(kept)
 
 
+def test_top_p_reaches_as_far_as_it_must() -> None:
+    """A nearly flat distribution keeps thousands of tokens, as transformers does."""
+    logits = -1e-4 * torch.arange(3000.0)
+    kept = torch.isfinite(TopPLogitsWarper(0.9)(None, logits[None])[0]).sum()
+    found = draws(logits, 4000, top_p=0.9)
+    assert 2500 < max(found) < kept < 2800
+
+
 def test_a_top_k_of_one_is_greedy(logits: Tensor) -> None:
     """However hot, one candidate is no choice; a top_k above the vocabulary is none either."""
     assert set(draws(logits, 50, top_k=1, temperature=2.0)) == {int(logits.argmax())}

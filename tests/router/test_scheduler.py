@@ -14,11 +14,12 @@ from simulated_node import POISON, SimulatedDevice, SimulatedMemory, next_token
 
 from memory_service.integrity import check_integrity
 from quire.errors import QueueFull, QuireError, RequestIdInUse, StepFailed
-from router.request import Finish, FinishReason, Request
+from router.preemption import choose_victims
+from router.request import Finish, FinishReason, Request, Sequence, first_sequence
 from router.requests import RequestTable
 from router.sampling_params import SamplingParams, StoppingCriteria
 from router.scheduler import Scheduler, SchedulerLimits
-from router.step import StepFailure
+from router.step import StepFailure, StepResult
 from router.text_output import OutputDelta, TextOutput
 
 if TYPE_CHECKING:
@@ -281,6 +282,74 @@ def test_the_least_urgent_is_preempted_and_goes_on_from_its_prefix() -> None:
     assert node.scheduler.num_preemptions > 0
     for request in (urgent, other):
         assert sink_of(request).token_ids[0] == expected_tokens(request, 0)
+
+
+def running(name: str, num_blocks: int, num_computed: int, priority: int = 0) -> Sequence:
+    sequence = first_sequence(make_request(name, [1], priority=priority))
+    sequence.row = ord(name)
+    sequence.block_table = list(range(1, num_blocks + 1))
+    sequence.num_computed_tokens = num_computed
+    return sequence
+
+
+def names_of_victims(sequences: list[Sequence], missing: dict[str, int]) -> list[str]:
+    found = choose_victims(sequences, {ord(name): count for name, count in missing.items()})
+    return [victim.request.request_id for victim in found]
+
+
+def test_victims_are_the_least_urgent_then_the_least_computed() -> None:
+    """Priority decides before progress, and no more are taken than blocks are missing."""
+    a, b = running("a", 3, 40), running("b", 3, 20)
+    c = running("c", 1, 90, priority=1)
+    assert names_of_victims([a, b, c], {"a": 1}) == ["c"]
+    assert names_of_victims([a, b, c], {"a": 3}) == ["c", "b"]
+    # What a victim lacked itself is not missing any more.
+    assert names_of_victims([a, b, c], {"a": 1, "c": 2}) == ["c"]
+
+
+def test_the_most_urgent_is_never_preempted() -> None:
+    """Somebody always goes on, however much is missing."""
+    assert names_of_victims([running("a", 1, 5)], {"a": 9}) == []
+    assert names_of_victims([running("a", 1, 5), running("b", 1, 4)], {"a": 9, "b": 9}) == ["b"]
+
+
+def test_a_step_that_fails_once_is_nobodys_fault() -> None:
+    """The first failure is forgiven: the same step runs again and the request ends as it should."""
+    node = Node(make_scheduler())
+    request = make_request("a", [1, 2, 3])
+    node.scheduler.add(request)
+    plan = node.scheduler.plan()
+    batch = node.scheduler.admit(plan, node.memory.allocate(plan))
+    assert batch is not None
+    node.device.crash()
+    node.scheduler.fail(batch, StepFailure(batch.step, "a passing fault"))
+    node.run()
+    assert sink_of(request).errors == []
+    assert sink_of(request).token_ids[0] == expected_tokens(request, 0)
+
+
+def test_a_result_of_an_earlier_admission_changes_nothing() -> None:
+    """Once a sequence was admitted again, the result of a step before that neither adds a token nor advances it."""
+    node = Node(make_scheduler())
+    request = make_request("a", [1, 2, 3])
+    node.scheduler.add(request)
+    plan = node.scheduler.plan()
+    batch = node.scheduler.admit(plan, node.memory.allocate(plan))
+    assert batch is not None
+    late = node.device.execute(batch)
+    assert isinstance(late, StepResult)
+    node.scheduler.session_resumed(node.memory.held_rows())
+    node.device.crash()
+    plan = node.scheduler.plan()
+    again = node.scheduler.admit(plan, node.memory.allocate(plan))
+    assert again is not None
+    node.scheduler.apply(batch, late)
+    assert sink_of(request).token_ids == {}
+    result = node.device.execute(again)
+    assert isinstance(result, StepResult)
+    node.scheduler.apply(again, result)
+    node.run()
+    assert sink_of(request).token_ids[0] == expected_tokens(request, 0)
 
 
 def test_siblings_are_forked_from_one_prompt() -> None:

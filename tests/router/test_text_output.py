@@ -98,6 +98,13 @@ def test_text_is_sent_at_once_when_it_can_begin_no_stop_string() -> None:
     assert sent == [((0,), "xy"), ((1, 2), "az")]
 
 
+def test_a_token_that_completes_nothing_goes_with_the_one_that_does() -> None:
+    """The first bytes of a character are a token without text: it waits."""
+    for min_tokens in (0, 9):
+        sent, _ = run(["x", "", "y"], (), min_tokens=min_tokens)
+        assert sent == [((0,), "x"), ((1, 2), "y")]
+
+
 def test_min_tokens_hides_earlier_text_from_the_search() -> None:
     """A stop string inside the first tokens is text; across the border it is too."""
     sent, stop = run(["a", "b", "b", "ab"], ("ab",), min_tokens=3)
