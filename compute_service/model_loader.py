@@ -96,9 +96,8 @@ def _find_folder(name: str) -> Path:
 
 
 def _check_files(folder: Path) -> Path:
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise ModelRefused(f"{folder} has no {name}")
+    if not (folder / "config.json").is_file():
+        raise ModelRefused(f"{folder} has no config.json")
     if not any(folder.glob("*.safetensors")):
         raise ModelRefused(f"{folder} has no *.safetensors; other formats of weights are not read")
     return folder

@@ -11,6 +11,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quire.errors import FieldViolation, InvalidRequest
+from quire.serving import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,8 +38,15 @@ class ChatTemplate:
         """The template of a model folder, if it has one.
 
         Raises:
-            jinja2.TemplateError: when the template is malformed.
+            StartupError: when the template or its configuration is malformed.
         """
+        try:
+            return cls._load(folder)
+        except (TemplateError, ValueError, KeyError, TypeError) as error:
+            raise StartupError(f"the chat template of {folder} is malformed: {error}") from error
+
+    @classmethod
+    def _load(cls, folder: Path) -> ChatTemplate | None:
         config_file = folder / "tokenizer_config.json"
         config: dict[str, Any] = (
             json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}

@@ -12,6 +12,7 @@ from quire.errors import ContextLengthExceeded, FieldViolation, InvalidRequest, 
 from router.request import Request
 from router.sampling_params import MAX_NUM_SAMPLES, token_id_violations
 from router.text_output import TextOutput
+from router.tokenizer import NoTokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,7 +49,7 @@ class IntakeLimits:
 class Intake:
     """Builds requests; raises before anything of a wrong one exists."""
 
-    def __init__(self, limits: IntakeLimits, tokenizer: ModelTokenizer) -> None:
+    def __init__(self, limits: IntakeLimits, tokenizer: ModelTokenizer | NoTokenizer) -> None:
         self._limits = limits
         self._tokenizer = tokenizer
 
@@ -106,6 +107,7 @@ class Intake:
             *sampling.violations(self._limits.vocab_size),
             *self._num_samples_violations(sampling),
             *stopping.violations(self._limits.vocab_size),
+            *self._text_violations(stopping),
         ]
         if violations:
             raise InvalidRequest.of(violations)
@@ -119,6 +121,11 @@ class Intake:
             if violation is not None:
                 yield violation
                 return  # one wrong token is told; a list of thousands helps nobody
+
+    def _text_violations(self, stopping: StoppingCriteria) -> Iterator[FieldViolation]:
+        if stopping.stop_strings and isinstance(self._tokenizer, NoTokenizer):
+            reason = "need text, and this model has no tokenizer; use stop_token_ids"
+            yield FieldViolation("stopping.stop_strings", reason)
 
     def _num_samples_violations(self, sampling: SamplingParams) -> Iterator[FieldViolation]:
         limit = self._limits.max_num_seqs

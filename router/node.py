@@ -16,7 +16,7 @@ from router.intake import Intake, IntakeLimits
 from router.ordered_stream import StreamLost
 from router.scheduler import Scheduler, SchedulerLimits
 from router.step_loop import StepLoop
-from router.tokenizer import ModelTokenizer
+from router.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from quire.settings import RouterSettings
@@ -42,7 +42,7 @@ class Node:
     ) -> None:
         self.model = model
         self.served_model_name = settings.served_model_name or model.folder.name
-        self.tokenizer = ModelTokenizer(model.folder)
+        self.tokenizer = load_tokenizer(model.folder)
         self.chat_template = ChatTemplate.load(model.folder)
         self.intake = Intake(_intake_limits(settings, model, terms), self.tokenizer)
         self.is_draining = False

@@ -41,11 +41,15 @@ class TextOutput:
     """The text of one sequence.
 
     `[0, sent)` of the text was given out by `take`; `[sent, end)` is held back because it may begin a stop string. A
-    token goes out with the text that it completes.
+    token goes out with the text that it completes; without a decoder there is no text, and it goes out at once.
     """
 
     def __init__(
-        self, decoder: TokenDecoder, stop_strings: tuple[str, ...], *, include_stop_string: bool
+        self,
+        decoder: TokenDecoder | None,
+        stop_strings: tuple[str, ...],
+        *,
+        include_stop_string: bool,
     ) -> None:
         self._decoder = decoder
         self._stop_strings = stop_strings
@@ -67,9 +71,9 @@ class TextOutput:
             logprobs: its log-probabilities, if asked for.
             may_stop: False while the sequence has fewer than min_tokens: its text is then not searched, now or later.
         """
-        text = self._decoder.step(token_id)
+        text = self._decoder.step(token_id) if self._decoder else ""
         self._hold(token_id, logprobs, text)
-        if not may_stop:
+        if not may_stop or not self._decoder:
             self._release(len(self._held_text))
             return None
         return self._search() if text else None
@@ -80,7 +84,7 @@ class TextOutput:
 
     def finish(self) -> None:
         """Let everything out that is held: no more tokens will come."""
-        tail = self._decoder.flush()
+        tail = self._decoder.flush() if self._decoder else ""
         self._held_text += tail
         self._num_chars += len(tail)
         self._release(len(self._held_text))
@@ -103,7 +107,7 @@ class TextOutput:
         self._held_text += text
         self._num_chars += len(text)
         # A token that completes no text waits for the next one that does.
-        end = self._num_chars if text else self._num_chars + 1
+        end = self._num_chars if text or not self._decoder else self._num_chars + 1
         self._held_tokens.append(_HeldToken(token_id, logprobs, end))
 
     def _search(self) -> StopMatch | None:

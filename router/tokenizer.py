@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+import structlog
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from quire.errors import FieldViolation, InvalidRequest
+from quire.serving import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,14 +17,45 @@ if TYPE_CHECKING:
 
 # Tokens of the prompt that the decoder sees before the output: enough for the rules about spaces at a beginning.
 _CONTEXT_TOKENS = 8
+_FILE = "tokenizer.json"
+_WITHOUT = f"this model's folder has no {_FILE}"
 _INVALID_PREFIX = "Invalid prefix encountered"
+
+_logger = structlog.get_logger()
+
+
+def load_tokenizer(folder: Path) -> ModelTokenizer | NoTokenizer:
+    """The tokenizer of a model folder; raises StartupError when its file cannot be read."""
+    path = folder / _FILE
+    if not path.is_file():
+        _logger.warning("no_tokenizer", missing=str(path), consequence="only token prompts")
+        return NoTokenizer()
+    try:
+        return ModelTokenizer(path)
+    except Exception as error:  # the library raises nothing more special
+        raise StartupError(f"{path} cannot be read: {error}") from error
+
+
+class NoTokenizer:
+    """Stands in for the tokenizer of a folder that has none: tokens go in and out, text does not."""
+
+    def encode(self, _text: str, *, add_special_tokens: bool) -> NoReturn:  # noqa: ARG002 -- as ModelTokenizer
+        """Refuse; raises InvalidRequest."""
+        raise InvalidRequest.of([FieldViolation("prompt", f"{_WITHOUT}; send tokens")])
+
+    def decode(self, _token_ids: Sequence[int]) -> NoReturn:
+        """Refuse; raises InvalidRequest."""
+        raise InvalidRequest.of([FieldViolation("token_ids", _WITHOUT)])
+
+    def stream(self, _prompt_token_ids: Sequence[int]) -> None:
+        """There is no text to stream."""
 
 
 class ModelTokenizer:
     """The tokenizer of one model folder. Thread-safe: long prompts are encoded on other threads."""
 
-    def __init__(self, folder: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    def __init__(self, path: Path) -> None:
+        self._tokenizer = Tokenizer.from_file(str(path))
         # A stored truncation or padding belongs to training, not to serving.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -47,6 +48,29 @@ def test_a_taken_port_is_named() -> None:
         ended = run_up("--listen", address)
     assert ended.returncode == 1
     assert ended.stderr.strip() == f"error: cannot listen on {address}: Address already in use"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json cannot be read"),
+        ("chat_template.jinja", "{% for %}", "the chat template of"),
+        ("config.json", "{", "its config cannot be read"),
+        ("model.safetensors", "x", "it cannot be loaded"),
+    ],
+)
+def test_a_broken_file_is_one_clear_line(
+    name: str, content: str, expected: str, tmp_path: Path
+) -> None:
+    """A checkpoint with a malformed file ends the start, in one line that says which."""
+    folder = tmp_path / "model"
+    shutil.copytree(demo_model.path(), folder)
+    (folder / name).write_text(content)
+    listen = f"127.0.0.1:{free_port()}"
+    ended = run_up("--listen", listen, "--model", str(folder), "--log-level", "error")
+    assert ended.returncode == 1
+    assert expected in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
 
 
 def test_the_demo_model_is_small_and_whole() -> None:

@@ -11,7 +11,7 @@ from router.stop_strings import find_stop, held_back_length
 from router.text_output import TextOutput
 from router.tokenizer import ModelTokenizer
 
-TOKENIZER = ModelTokenizer(demo_model.path())
+TOKENIZER = ModelTokenizer(demo_model.path() / "tokenizer.json")
 
 
 class PieceDecoder:
