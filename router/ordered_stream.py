@@ -71,7 +71,9 @@ class OrderedStream(Generic[RequestT, ResponseT]):
         cause: QuireError = NotReady("the stream ended")
         try:
             while (response := await self._call.read()) is not grpc.aio.EOF:
-                self._waiting.popleft().set_result(response)
+                answer = self._waiting.popleft()
+                if not answer.done():  # whoever asked may have been cancelled at shutdown
+                    answer.set_result(response)
             if await self._call.code() is not grpc.StatusCode.OK:
                 cause = NotReady(await self._call.details() or "the stream failed")
         except grpc.RpcError as error:
