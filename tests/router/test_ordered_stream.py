@@ -37,6 +37,7 @@ def test_answers_go_to_those_who_asked_in_order() -> None:
         call = PlayedCall()
         stream: OrderedStream[str, str] = OrderedStream("it", lambda: call)
         asked = asyncio.gather(stream.ask("a"), stream.ask("b"))
+        await asyncio.sleep(0.01)
         call.answers.put_nowait("A")
         call.answers.put_nowait("B")
         first, second = await asked
@@ -53,7 +54,7 @@ def test_an_answer_to_nobody_disturbs_nobody() -> None:
         call = PlayedCall()
         stream: OrderedStream[str, str] = OrderedStream("it", lambda: call)
         asked = asyncio.create_task(stream.ask("a"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
         asked.cancel()
         call.answers.put_nowait("A")
         await stream.close("goodbye")
@@ -69,7 +70,7 @@ def test_the_end_of_the_stream_ends_every_question() -> None:
         call = PlayedCall()
         stream: OrderedStream[str, str] = OrderedStream("it", lambda: call)
         asked = asyncio.create_task(stream.ask("a"))
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
         call.answers.put_nowait(grpc.aio.EOF)
         for question in (asked, stream.ask("b")):
             with pytest.raises(StreamLost, match="it: the stream ended"):
