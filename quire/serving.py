@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from quire.errors import InternalError, QuireError
+from quire.logs import bind_call
 from quire.rpc_status import to_status
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns exceptions of handlers into statuses, so that no handler speaks of codes.
 
     A `QuireError` becomes its own status; anything else is logged under a random id and becomes INTERNAL with that id,
-    so that no trace leaves the process.
+    so that no trace leaves the process. Records of the call carry the ids of its metadata (`quire.logs.bind_call`).
     """
 
     async def intercept_service(
@@ -98,6 +99,7 @@ def _wrap_streaming(
 
 def _guard_unary(behavior: Any, method: str) -> Any:  # noqa: ANN401 -- grpc's own handler types are untyped callables
     async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ANN401 -- as above
+        bind_call(context.invocation_metadata())
         try:
             return await behavior(request, context)
         except Exception as error:  # noqa: BLE001 -- the one place that turns exceptions into statuses
@@ -111,6 +113,7 @@ def _guard_stream(behavior: Any, method: str) -> Any:  # noqa: ANN401 -- grpc's 
         request: Any,  # noqa: ANN401 -- as above
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[Any]:
+        bind_call(context.invocation_metadata())
         responses = behavior(request, context)
         try:
             async for response in responses:
