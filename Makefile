@@ -9,7 +9,7 @@ NODE_STAMP := node_modules/.stamp
 # Compiled kernels are kept between runs and shared among test processes.
 export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 
-.PHONY: help setup check format stubs demo test test-fast test-long clean
+.PHONY: help setup check format stubs chart demo test test-fast test-long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -26,7 +26,7 @@ $(NODE_STAMP): package.json
 	@npm install --no-package-lock --no-audit --no-fund --loglevel=error
 	@touch $@
 
-check: $(STAMP) $(NODE_STAMP) ## format, lint, types, import contracts, protos, stale stubs
+check: $(STAMP) $(NODE_STAMP) ## format, lint, types, import contracts, protos, stale stubs and manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -34,6 +34,7 @@ check: $(STAMP) $(NODE_STAMP) ## format, lint, types, import contracts, protos, 
 	node_modules/.bin/buf lint
 	node_modules/.bin/buf breaking --against protos/baseline.binpb
 	$(BIN)/python tools/generate_stubs.py --check
+	$(BIN)/python tools/render_chart.py --check
 
 format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff format .
@@ -41,6 +42,9 @@ format: $(STAMP) ## format and fix what can be fixed
 
 stubs: $(STAMP) ## generate the stubs from the protos
 	$(BIN)/python tools/generate_stubs.py
+
+chart: $(STAMP) ## render k8s/rendered from the chart
+	$(BIN)/python tools/render_chart.py
 
 demo: $(STAMP) ## three services, the demo model, a look at the pool
 	@$(BIN)/quire demo
