@@ -16,6 +16,7 @@ from router.intake import Intake, IntakeLimits
 from router.ordered_stream import StreamLost
 from router.scheduler import Scheduler, SchedulerLimits
 from router.step_loop import StepLoop
+from router.tally import Tally
 from router.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Node:
         compute: ComputeClient,
         model: ServedModel,
         terms: SessionTerms,
+        tally: Tally,
     ) -> None:
         self.model = model
         self.served_model_name = settings.served_model_name or model.folder.name
@@ -46,10 +48,12 @@ class Node:
         self.chat_template = ChatTemplate.load(model.folder)
         self.intake = Intake(_intake_limits(settings, model, terms), self.tokenizer)
         self.is_draining = False
+        self.tally = tally
+        self.terms = terms
+        self.scheduler = Scheduler(_scheduler_limits(settings, terms), tally)
         self._memory = memory
         self._compute = compute
-        self._scheduler = Scheduler(_scheduler_limits(settings, terms))
-        self._loop = StepLoop(self._scheduler, memory, compute)
+        self._loop = StepLoop(self.scheduler, memory, compute, tally)
 
     @classmethod
     async def connect(cls, settings: RouterSettings) -> Node:
@@ -67,7 +71,7 @@ class Node:
                 _logger.debug("not_connected_yet", reason=str(error))
                 await asyncio.sleep(_CONNECT_WAIT_S)
             else:
-                return cls(settings, memory, compute, model, terms)
+                return cls(settings, memory, compute, model, terms, Tally())
 
     @property
     def is_connected(self) -> asyncio.Event:
@@ -78,18 +82,19 @@ class Node:
         """Run steps until cancelled."""
         await self._loop.run()
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, received_at: float) -> None:
         """Let `request` wait for its turn; raises RequestIdInUse or QueueFull."""
-        self._scheduler.add(request)
+        self.scheduler.add(request)
+        self.tally.accepted(request, received_at)
         self._loop.wake()
 
     def find(self, request_id: str) -> Request:
         """The live request with this id; raises RequestNotFound."""
-        return self._scheduler.requests.get(request_id)
+        return self.scheduler.requests.get(request_id)
 
     def abort(self, request: Request) -> None:
         """End `request` if it is live."""
-        self._scheduler.abort(request)
+        self.scheduler.abort(request)
         self._loop.wake()
 
     async def drain(self, grace_s: float) -> None:
@@ -97,11 +102,11 @@ class Node:
         self.is_draining = True
         with suppress(TimeoutError):
             await asyncio.wait_for(self._until_idle(), grace_s)
-        for request in self._scheduler.requests:
+        for request in self.scheduler.requests:
             self.abort(request)
 
     async def _until_idle(self) -> None:
-        while self._scheduler.requests:  # noqa: ASYNC110 -- only at shutdown; an event would cost every step
+        while self.scheduler.requests:  # noqa: ASYNC110 -- only at shutdown; an event would cost every step
             await asyncio.sleep(_DRAIN_POLL_S)
 
     async def close(self) -> None:

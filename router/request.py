@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if sys.byteorder != "little":
     raise ImportError(message)
 
 
-class FinishReason(Enum):
-    """Why a sample ended."""
+class FinishReason(IntEnum):
+    """Why a sample ended, the gravest last: a request ended for the gravest reason among its samples."""
 
     STOP = 1
     LENGTH = 2
@@ -85,6 +85,12 @@ class Request:
     num_cached_tokens: int = -1  # -1: never admitted
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
     num_finished: int = 0
+    finish_reason: FinishReason | None = None  # the gravest among the samples that ended
+    # Seconds of the router's clock; 0: not yet.
+    received_at: float = 0.0
+    admitted_at: float = 0.0  # for the first time
+    first_token_at: float = 0.0
+    finished_at: float = 0.0
 
     @property
     def num_samples(self) -> int:
@@ -97,6 +103,11 @@ class Request:
         return self.num_finished == self.num_samples
 
     @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, of all samples."""
+        return sum(sequence.num_output_tokens for sequence in self.sequences.values())
+
+    @property
     def suppressed_token_ids(self) -> tuple[int, ...]:
         """Tokens that cannot be sampled before min_tokens."""
         return tuple(sorted(self.end_token_ids)) if self.stopping.min_tokens else ()
@@ -106,6 +117,7 @@ class Request:
     ) -> None:
         """Tell the sink that a sample ended; it may not have begun."""
         self.num_finished += 1
+        self.finish_reason = max(reason, self.finish_reason or reason)
         sequence = self.sequences.get(sample_index)
         self.sink.finished(
             Finish(
@@ -140,6 +152,7 @@ class Sequence:
     num_committed_tokens: int = 0  # of the computed, those that memory was told of
     block_table: list[int] = field(default_factory=list)
     has_forked: bool = False  # the prompt was sampled: the siblings, if any, exist
+    last_token_at: float = 0.0  # seconds of the router's clock; 0: no output yet
 
     @property
     def sequence_id(self) -> str:
@@ -239,12 +252,14 @@ class Sequence:
         self.request.sequences[sample_index] = child
         return child
 
-    def begin(self, block_table: list[int], num_cached_tokens: int) -> None:
-        """Memory admitted the sequence and found its first tokens in the prefix cache."""
+    def begin(self, block_table: list[int], num_cached_tokens: int) -> bool:
+        """Memory admitted the sequence and found its first tokens in the prefix cache; whether its request begins so."""
         self.block_table = block_table
         self.num_computed_tokens = self.num_committed_tokens = num_cached_tokens
-        if self.request.num_cached_tokens < 0:
+        is_first = self.request.num_cached_tokens < 0
+        if is_first:
             self.request.num_cached_tokens = num_cached_tokens
+        return is_first
 
     def roll_back(self) -> None:
         """Forget steps that were not acknowledged."""

@@ -84,7 +84,9 @@ class RequestTable:
         seconds = (self._clock() - self._ends[0]) / len(self._ends)
         return min(max(seconds, _RETRY_RANGE_S[0]), _RETRY_RANGE_S[1])
 
-    def forget_if_finished(self, request: Request) -> None:
-        """Let the id of a request go once every sample has ended."""
-        if request.is_finished and self._requests.pop(request.request_id, None) is not None:
-            self._ends.append(self._clock())
+    def forget_if_finished(self, request: Request) -> bool:
+        """Let the id of a request go once every sample has ended; whether that was now."""
+        if not request.is_finished or self._requests.pop(request.request_id, None) is None:
+            return False
+        self._ends.append(self._clock())
+        return True

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from router.request import Request, Sequence
     from router.step import MemoryAnswer, StepFailure, StepResult, TokenLogprobs
+    from router.tally import Tally
 
 # Admissions asked for in one step: each costs its whole prompt on the wire.
 MAX_ADMITS_PER_STEP = 16
@@ -48,8 +49,9 @@ class Scheduler:
     between any two of them.
     """
 
-    def __init__(self, limits: SchedulerLimits) -> None:
+    def __init__(self, limits: SchedulerLimits, tally: Tally) -> None:
         self._limits = limits
+        self._tally = tally
         self._steps = count(1)
         self._requests = RequestTable(limits.queue_limit)
         self._rows = RowTable(limits.max_num_seqs)
@@ -60,7 +62,8 @@ class Scheduler:
         self._forks: list[Fork] = []
         self._asked: list[Sequence] = []  # admissions that memory has not answered
         self._acknowledged_step = 0
-        self.num_preemptions = 0
+        self.num_available_blocks: int | None = None  # after memory's last answer
+        self.victims: list[Sequence] = []  # preempted at the last answer
 
     @property
     def requests(self) -> RequestTable:
@@ -71,6 +74,17 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold a row."""
         return len(self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for admission, those included that memory is being asked about."""
+        asked = [found for found in self._asked if found.state is not SequenceState.FINISHED]
+        return len(self._requests.waiting) + len(asked)
+
+    @property
+    def num_running_requests(self) -> int:
+        """Requests of which at least one sequence runs; all other live ones wait."""
+        return len({id(sequence.request) for sequence in self._rows})
 
     @property
     def owes_memory(self) -> bool:
@@ -97,7 +111,11 @@ class Scheduler:
             elif sequence.state is not SequenceState.FINISHED:
                 self._leave(sequence)
                 sequence.cut_off(reason)
-        self._requests.forget_if_finished(request)
+        self._forget_if_finished(request)
+
+    def _forget_if_finished(self, request: Request) -> None:
+        if self._requests.forget_if_finished(request):
+            self._tally.finished(request)
 
     def _leave(self, sequence: Sequence) -> None:
         """Take a sequence out of wherever it is."""
@@ -176,6 +194,7 @@ class Scheduler:
 
     def admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
         """The batch that compute can run with what memory gave; None when nobody can run."""
+        self.num_available_blocks = answer.num_available_blocks
         self._take_tables(plan, answer)
         work = plan.extends + list(self._take_admissions(plan, answer))
         self._preempt_for(plan, answer)
@@ -211,7 +230,8 @@ class Scheduler:
             else:
                 self._rows.start(sequence)
                 cached = admission.num_cached_tokens
-                sequence.begin(admission.block_table, cached)
+                if sequence.begin(admission.block_table, cached):
+                    self._tally.admitted(sequence.request)
                 yield Work(sequence, sequence.incarnation, cached, admission.num_scheduled_tokens)
 
     def _wait_again(self, sequence: Sequence) -> None:
@@ -228,8 +248,9 @@ class Scheduler:
             for work in plan.extends
             if answer.refusals.get(work.sequence.row) is RefusalReason.NO_BLOCKS
         }
-        for victim in choose_victims(self._rows, missing):
-            self.num_preemptions += 1
+        self.victims = choose_victims(self._rows, missing)
+        for victim in self.victims:
+            self._tally.preempted()
             self._isolation.forget([victim])
             self._release(victim)
             self._wait_again(victim)
@@ -266,6 +287,7 @@ class Scheduler:
         self._isolation.step_succeeded(work.sequence for work in batch.work)
         for work in batch.work:
             self._advance(work)
+        self._tally.outputs_arrived()
         for index, output in enumerate(batch.outputs):
             if self._requests.is_live(output.sequence.request):
                 logprobs = result.logprobs.get(index)
@@ -299,13 +321,14 @@ class Scheduler:
         elif output.incarnation != sequence.incarnation:
             return
         sequence.has_forked = True
+        self._tally.token(sequence)
         sequence.append(token_id, logprobs)
         if sequence.state is SequenceState.FINISHED:
             self._leave(sequence)
-            self._requests.forget_if_finished(sequence.request)
+            self._forget_if_finished(sequence.request)
 
-    def fail(self, batch: StepBatch, failure: StepFailure) -> None:
-        """Roll back to what was acknowledged; end the request that makes steps fail once it is found."""
+    def fail(self, batch: StepBatch, failure: StepFailure) -> Sequence | None:
+        """Roll back to what was acknowledged; the sequence that makes steps fail once it is found: its request ends."""
         self.compute_lost()
         guilty = self._isolation.step_failed(
             [work.sequence for work in batch.work if self._rows.holds(work.sequence)]
@@ -319,6 +342,7 @@ class Scheduler:
                 )
             )
             self.abort(request, FinishReason.ERROR)
+        return guilty
 
     def compute_lost(self) -> None:
         """Compute forgot its rows and did not acknowledge what is in flight: the next step is a reset."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from protos.router.v1 import router_pb2 as pb
 from protos.router.v1 import router_pb2_grpc
 from quire import __version__
-from quire.errors import FieldViolation, InvalidRequest, NotReady
+from quire.errors import ErrorReason, FieldViolation, InvalidRequest, NotReady, QuireError
 from router.intake import Prompt
 from router.output_stream import OutputStream
 from router.request import Finish
+from router.request_log import log_accepted, log_finished, log_rejected
 from router.sampling_params import SamplingParams, StoppingCriteria, token_id_violations
 
 if TYPE_CHECKING:
@@ -126,6 +127,20 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         )
 
     async def _accept(self, message: pb.GenerateRequest) -> tuple[Request, OutputStream]:
+        """Let a request wait for its turn; a request is accepted or rejected, and counted as one of both."""
+        received_at = self._node.tally.now()
+        try:
+            request, stream = await self._build(message)
+            self._node.add(request, received_at)
+        except Exception as error:
+            reason = error.reason if isinstance(error, QuireError) else ErrorReason.INTERNAL
+            self._node.tally.rejected(reason)
+            log_rejected(message.request_id, reason, error)
+            raise
+        log_accepted(request)
+        return request, stream
+
+    async def _build(self, message: pb.GenerateRequest) -> tuple[Request, OutputStream]:
         if self._node.is_draining:
             reason = "the router is shutting down; repeat on another one"
             raise NotReady(reason, retry_after_s=1.0)
@@ -140,7 +155,6 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             message.priority,
             stream,
         )
-        self._node.add(request)
         return request, stream
 
     async def _prompt(self, message: pb.GenerateRequest) -> Prompt:
@@ -184,6 +198,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             yield
         finally:
             self._node.abort(request)
+            log_finished(request)
 
 
 def _sampling_params(message: pb.SamplingParams) -> SamplingParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,11 +12,13 @@ import structlog
 from quire.errors import BrokenContract, QuireError
 from router.ordered_stream import StreamLost
 from router.step import StepFailure
+from router.tally import StepTimes
 
 if TYPE_CHECKING:
     from router.clients import ServedModel, SessionTerms
     from router.scheduler import Scheduler
     from router.step import MemoryAnswer, StepBatch, StepPlan, StepResult
+    from router.tally import Tally
 
 # Waiting sequences that memory refuses are offered again at least this often: other sessions free blocks unseen.
 _REFUSED_WAIT_S = 0.01
@@ -52,8 +55,11 @@ class Compute(Protocol):
 class StepLoop:
     """Drives a scheduler against the two services; connects again when one of them went away."""
 
-    def __init__(self, scheduler: Scheduler, memory: Memory, compute: Compute) -> None:
+    def __init__(
+        self, scheduler: Scheduler, memory: Memory, compute: Compute, tally: Tally
+    ) -> None:
         self._scheduler = scheduler
+        self._tally = tally
         self._memory = memory
         self._compute = compute
         self._wake = asyncio.Event()
@@ -85,32 +91,50 @@ class StepLoop:
 
     async def step(self) -> bool:
         """One step; whether it ran anything."""
+        lap = _Laps()
         plan = self._scheduler.plan()
+        planning = lap.seconds()
         answer = await self._memory.allocate(plan)
+        memory = lap.seconds()
         batch = self._admit(plan, answer)
         if batch is None:
             self._scheduler.skip(plan)
             return False
+        planning += lap.seconds()
         outcome = await self._compute.execute(batch)
-        if isinstance(outcome, StepFailure):
-            _logger.warning("step_failed", step=outcome.step, reason=outcome.message)
-            self._scheduler.fail(batch, outcome)
-        else:
-            self._scheduler.apply(batch, outcome)
+        compute = lap.seconds()
+        self._take(batch, outcome)
+        self._tally.step_ended(StepTimes(planning, memory, compute, lap.seconds()), outcome)
         return True
 
     def _admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
-        before = self._scheduler.num_preemptions
         batch = self._scheduler.admit(plan, answer)
-        num_preempted = self._scheduler.num_preemptions - before
-        if num_preempted:
+        for victim in self._scheduler.victims:
             _logger.info(
                 "preempted",
+                request_id=victim.request.request_id,
+                sequence_id=victim.sequence_id,
                 step=plan.step,
-                num_sequences=num_preempted,
                 num_available_blocks=answer.num_available_blocks,
             )
         return batch
+
+    def _take(self, batch: StepBatch, outcome: StepResult | StepFailure) -> None:
+        if not isinstance(outcome, StepFailure):
+            self._scheduler.apply(batch, outcome)
+            return
+        sequence_ids = [work.sequence.sequence_id for work in batch.work]
+        _logger.warning(
+            "step_failed", step=outcome.step, reason=outcome.message, sequence_ids=sequence_ids
+        )
+        guilty = self._scheduler.fail(batch, outcome)
+        if guilty is not None:
+            _logger.warning(
+                "makes_steps_fail",
+                request_id=guilty.request.request_id,
+                sequence_id=guilty.sequence_id,
+                step=outcome.step,
+            )
 
     async def _reconnect(self, lost: StreamLost) -> None:
         """Open both streams again; requests wait meanwhile and go on from what memory still has."""
@@ -130,5 +154,25 @@ class StepLoop:
         terms = await self._memory.open_session(model)
         await self._compute.open_steps(self._memory.session_id, terms.generation, model.pool_id)
         self._scheduler.session_resumed(terms.held_rows)
+        self._tally.reconnected()
         self.is_connected.set()
-        _logger.info("reconnected", generation=terms.generation, held_rows=len(terms.held_rows))
+        _logger.info(
+            "reconnected",
+            session_id=self._memory.session_id,
+            generation=terms.generation,
+            held_rows=len(terms.held_rows),
+        )
+
+
+class _Laps:
+    """A stopwatch: seconds since it was last asked, or made."""
+
+    __slots__ = ("_at",)
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds since the last call."""
+        before, self._at = self._at, time.perf_counter()
+        return self._at - before

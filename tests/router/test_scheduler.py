@@ -20,6 +20,7 @@ from router.requests import RequestTable
 from router.sampling_params import SamplingParams, StoppingCriteria
 from router.scheduler import Scheduler, SchedulerLimits
 from router.step import StepFailure, StepResult
+from router.tally import Tally
 from router.text_output import OutputDelta, TextOutput
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def make_request(
 def make_scheduler(
     budget: int = 7, watermark: int = 1, queue_limit: int = 100, num_rows: int = NUM_ROWS
 ) -> Scheduler:
-    return Scheduler(SchedulerLimits(SIZE, num_rows, budget, watermark, queue_limit))
+    limits = SchedulerLimits(SIZE, num_rows, budget, watermark, queue_limit)
+    return Scheduler(limits, Tally())
 
 
 def expected_tokens(request: Request, sample_index: int) -> list[int]:
@@ -108,6 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.scheduler = make_scheduler()
+        self.tally = self.scheduler._tally
         self.memory = SimulatedMemory(NUM_BLOCKS, SIZE, NUM_ROWS)
         self.device = SimulatedDevice(SIZE)
         self.requests: list[Request] = []
@@ -189,6 +192,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert check_integrity(self.memory.manager) == []
         assert self.scheduler.num_running <= NUM_ROWS
 
+    @invariant()
+    def everybody_is_counted_once(self) -> None:
+        num_live = len(self.scheduler.requests)
+        assert sum(self.tally.num_finished.values()) + num_live == len(self.requests)
+        assert self.scheduler.num_running_requests <= num_live
+
     def teardown(self) -> None:
         for _ in range(MAX_STEPS):
             if not self.scheduler.has_work:
@@ -199,6 +208,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.memory.manager.pool.num_available == NUM_BLOCKS - 1
         for request in self.requests:
             self._check_end(request)
+        self._check_tally()
+
+    def _check_tally(self) -> None:
+        outputs = [sink_of(request).token_ids for request in self.requests]
+        num_tokens = sum(len(found) for samples in outputs for found in samples.values())
+        num_first = sum(len(samples) for samples in outputs)
+        assert self.tally.num_output_tokens == num_tokens
+        assert self.tally.inter_token_latency.count == num_tokens - num_first
+        assert self.tally.time_to_first_token.count == sum(map(bool, outputs))
+        assert self.tally.end_to_end.count == len(self.requests)
+        admitted = [found for found in self.requests if found.num_cached_tokens >= 0]
+        assert self.tally.queue_time.count == len(admitted)
+        cached = sum(found.num_cached_tokens for found in admitted)
+        assert self.tally.num_cached_prompt_tokens == cached
+        for reason, count in self.tally.num_finished.items():
+            assert count == sum(found.finish_reason is reason for found in self.requests)
 
     def _check_end(self, request: Request) -> None:
         sink = sink_of(request)
@@ -279,7 +304,7 @@ def test_the_least_urgent_is_preempted_and_goes_on_from_its_prefix() -> None:
     node.scheduler.add(urgent)
     node.scheduler.add(other)
     node.run()
-    assert node.scheduler.num_preemptions > 0
+    assert node.scheduler._tally.num_preemptions > 0
     for request in (urgent, other):
         assert sink_of(request).token_ids[0] == expected_tokens(request, 0)
 
