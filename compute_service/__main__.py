@@ -18,6 +18,7 @@ from compute_service.clients import AttachedPool, PoolIdentity, attach_pool
 from compute_service.engine import Engine
 from compute_service.forward import ForwardPass
 from compute_service.kv_pool import KvPool, map_pool
+from compute_service.metrics import EngineTally
 from compute_service.model_loader import LoadedModel, load_model
 from compute_service.refusal import ModelRefused
 from compute_service.server_thread import ServerThread
@@ -26,6 +27,7 @@ from kernels.launcher import Kernels
 from quire import demo_model, logs
 from quire.descriptor import DescriptorRefusedError
 from quire.errors import QuireError
+from quire.metrics import MetricsEndpoint
 from quire.serving import StartupError, end_with_parent
 from quire.settings import ComputeSettings
 from quire.settings_loader import load
@@ -59,21 +61,27 @@ def main() -> int:
 
 
 def _serve(settings: ComputeSettings) -> None:
-    servicer = ComputeServicer()
+    tally, metrics = EngineTally(), MetricsEndpoint("compute")
+    metrics.add(tally)
+    servicer = ComputeServicer(tally)
     server = ServerThread(servicer, settings.listen)
     server.start()
     try:
-        engine, pool = _make_engine(settings, servicer)
+        metrics.start(settings.metrics_listen)
+        engine, pool = _make_engine(settings, servicer, tally)
         _at_stop(lambda _number, _frame: engine.stop())
         server.set_serving(serving=True)
-        _logger.info("serving", addresses=server.addresses)
+        _logger.info("serving", addresses=server.addresses, metrics=metrics.address)
         engine.run()
         pool.close()
     finally:
+        metrics.stop()
         server.stop()
 
 
-def _make_engine(settings: ComputeSettings, servicer: ComputeServicer) -> tuple[Engine, KvPool]:
+def _make_engine(
+    settings: ComputeSettings, servicer: ComputeServicer, tally: EngineTally
+) -> tuple[Engine, KvPool]:
     started = time.monotonic()
     device = torch.device(settings.device)
     if settings.num_threads is not None:
@@ -85,6 +93,7 @@ def _make_engine(settings: ComputeSettings, servicer: ComputeServicer) -> tuple[
         trust_remote_code=settings.trust_remote_code,
         device=settings.device,
     )
+    tally.model_loaded(loaded, time.monotonic() - started)
     _logger.info("model_loaded", seconds=round(time.monotonic() - started, 1))
     attached = _attach(settings, loaded)
     pool = map_pool(attached, loaded.layers, loaded.dtype, settings.block_size)

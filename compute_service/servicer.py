@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from compute_service.clients import AttachedPool
     from compute_service.engine import Answer, Engine
+    from compute_service.metrics import EngineTally
     from compute_service.model_loader import LoadedModel
     from compute_service.step import StepFailed
 
@@ -38,7 +40,8 @@ class _Served:
 class ComputeServicer(compute_pb2_grpc.ComputeServiceServicer):
     """Implements `quire.compute.v1.ComputeService`; that file holds the contract."""
 
-    def __init__(self) -> None:
+    def __init__(self, tally: EngineTally) -> None:
+        self._tally = tally
         self._served: _Served | None = None
         self._current: _StepStream | None = None
 
@@ -108,15 +111,16 @@ class ComputeServicer(compute_pb2_grpc.ComputeServiceServicer):
             raise _fenced(hello)
         if self._current is not None:
             self._current.fence(_fenced(hello))
-        self._current = _StepStream(served.engine, hello.generation)
+        self._current = _StepStream(served.engine, self._tally, hello.generation)
         return self._current
 
 
 class _StepStream:
     """One stream: steps go to the engine, its answers come back in order."""
 
-    def __init__(self, engine: Engine, generation: int) -> None:
+    def __init__(self, engine: Engine, tally: EngineTally, generation: int) -> None:
         self._engine = engine
+        self._tally = tally
         self._generation = generation
         self._loop = asyncio.get_running_loop()
         self._answers: asyncio.Queue[Answer | Exception | None] = asyncio.Queue()
@@ -132,7 +136,8 @@ class _StepStream:
         try:
             async for message in requests:
                 self._num_in_flight += 1
-                self._engine.submit(self._step(message), self._answered)
+                step = self._step(message)
+                self._engine.submit(step, partial(self._answered, step))
         except Exception as error:  # noqa: BLE001 -- carried to the stream's own task, which ends the call with it
             self._answers.put_nowait(error)
             return
@@ -158,8 +163,9 @@ class _StepStream:
             raise BrokenContract(reason)
         return _step(message.step)
 
-    def _answered(self, answer: Answer) -> None:
+    def _answered(self, step: Step, answer: Answer) -> None:
         """Called on the engine's thread."""
+        self._tally.answered(step, answer)
         self._loop.call_soon_threadsafe(self._answers.put_nowait, answer)
 
 

@@ -5,20 +5,26 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import structlog
 
 from memory_service.descriptor_server import DescriptorServer
 from memory_service.inspection_servicer import InspectionServicer
 from memory_service.integrity import check_integrity
+from memory_service.metrics import StepTally, memory_metrics
 from memory_service.pool_registry import PoolRegistry
 from memory_service.servicer import MemoryServicer, PoolServicer
 from memory_service.sessions import Sessions
 from protos.memory.v1 import inspection_pb2_grpc, memory_pb2_grpc, pool_pb2_grpc
 from quire import logs, serving
 from quire.errors import NoPool
+from quire.metrics import MetricsEndpoint, OnLoop
 from quire.settings import MemorySettings
 from quire.settings_loader import load
+
+if TYPE_CHECKING:
+    import grpc
 
 _SERVICES = (
     "quire.memory.v1.MemoryService",
@@ -57,33 +63,48 @@ async def _serve(settings: MemorySettings) -> None:
         lease_ttl_s=settings.lease_ttl_s,
         max_num_rows=settings.max_num_rows,
     )
+    tally, metrics = StepTally(), MetricsEndpoint("memory")
+    loop = asyncio.get_running_loop()
+    metrics.add(OnLoop(loop, lambda: memory_metrics(registry, sessions, tally)))
     server, reporter = serving.create_server(), serving.HealthReporter()
-    memory_pb2_grpc.add_MemoryServiceServicer_to_server(MemoryServicer(registry, sessions), server)
-    pool_pb2_grpc.add_PoolServiceServicer_to_server(
-        PoolServicer(registry, str(settings.descriptor_socket)), server
-    )
-    inspection_pb2_grpc.add_InspectionServiceServicer_to_server(
-        InspectionServicer(registry, sessions), server
+    _add_servicers(
+        server,
+        MemoryServicer(registry, sessions, tally),
+        PoolServicer(registry, str(settings.descriptor_socket)),
+        InspectionServicer(registry, sessions),
     )
     descriptors = DescriptorServer(settings.descriptor_socket, registry)
     addresses = [serving.bind(server, address) for address in settings.listen]
     try:
+        metrics.start(settings.metrics_listen)
         descriptors.start()
         await reporter.add_to(server, _SERVICES)
         await server.start()
         await reporter.set_serving(serving=True)
-        _logger.info("serving", addresses=addresses)
-        sweeping = asyncio.create_task(_sweep(registry, sessions))
+        _logger.info("serving", addresses=addresses, metrics=metrics.address)
+        sweeping = asyncio.create_task(_sweep(registry, sessions, tally))
         await serving.serve_until_stopped(server, reporter, stop, settings.shutdown_grace_s)
         sweeping.cancel()
     finally:
+        metrics.stop()
         await descriptors.close()
         registry.close()
         for address in addresses:
             serving.release_unix_path(address)
 
 
-async def _sweep(registry: PoolRegistry, sessions: Sessions) -> None:
+def _add_servicers(
+    server: grpc.aio.Server,
+    memory: MemoryServicer,
+    pool: PoolServicer,
+    inspection: InspectionServicer,
+) -> None:
+    memory_pb2_grpc.add_MemoryServiceServicer_to_server(memory, server)
+    pool_pb2_grpc.add_PoolServiceServicer_to_server(pool, server)
+    inspection_pb2_grpc.add_InspectionServiceServicer_to_server(inspection, server)
+
+
+async def _sweep(registry: PoolRegistry, sessions: Sessions, tally: StepTally) -> None:
     """End lapsed sessions; when the pool fell idle, verify its books once."""
     checked = 0
     while True:
@@ -96,7 +117,9 @@ async def _sweep(registry: PoolRegistry, sessions: Sessions) -> None:
             continue
         if manager.num_sequences == 0 and manager.revision != checked:
             checked = manager.revision
-            for finding in check_integrity(manager):
+            findings = check_integrity(manager)
+            tally.checked(len(findings))
+            for finding in findings:
                 _logger.error("integrity", finding=finding)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
+import structlog
 
 from memory_service.demand import Admit, Fork, StepDemand
 from memory_service.pool_registry import PoolIdentity
@@ -20,10 +22,13 @@ if TYPE_CHECKING:
 
     from memory_service import session
     from memory_service.demand import IntArray, StepAnswer
+    from memory_service.metrics import StepTally
     from memory_service.pool_registry import PoolRegistry
     from memory_service.sessions import Sessions
 
 _INT32 = np.dtype("<i4")
+
+_logger = structlog.get_logger()
 
 
 class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
@@ -41,6 +46,13 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         """Let a writer in."""
         attachment = self._registry.attach(_identity(request.identity), request.max_model_len)
         pool = attachment.pool
+        _logger.info(
+            "pool_attached" if attachment.is_warm else "pool_created",
+            pool_id=pool.pool_id,
+            num_blocks=pool.manager.pool.num_blocks,
+            size_bytes=pool.size_bytes,
+            writer_generation=attachment.writer_generation,
+        )
         return pool_pb2.AttachPoolResponse(
             pool_id=pool.pool_id,
             num_blocks=pool.manager.pool.num_blocks,
@@ -55,9 +67,10 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
 class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
     """Implements `quire.memory.v1.MemoryService`."""
 
-    def __init__(self, registry: PoolRegistry, sessions: Sessions) -> None:
+    def __init__(self, registry: PoolRegistry, sessions: Sessions, tally: StepTally) -> None:
         self._registry = registry
         self._sessions = sessions
+        self._tally = tally
 
     async def Session(
         self,
@@ -84,11 +97,18 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
                     return
                 if kind != "step":
                     raise BrokenContract("every message after hello is a step or goodbye")
-                step = message.step
-                answer = self._sessions.apply(opened, step.generation, _demand(step))
-                yield memory_pb2.SessionResponse(answer=_answer(answer, step.generation))
+                yield self._answer_step(opened, message.step)
         finally:
             self._sessions.detach(opened, generation)
+
+    def _answer_step(
+        self, opened: session.Session, step: memory_pb2.AllocateStep
+    ) -> memory_pb2.SessionResponse:
+        started = time.perf_counter()
+        answer = self._sessions.apply(opened, step.generation, _demand(step))
+        response = memory_pb2.SessionResponse(answer=_answer(answer, step.generation))
+        self._tally.answered(answer, len(step.admits), time.perf_counter() - started)
+        return response
 
     def _welcome(self, opened: session.Session) -> memory_pb2.SessionWelcome:
         manager = self._registry.pool.manager

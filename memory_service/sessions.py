@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import structlog
+
 from memory_service.session import Session, SessionRegistry
 from quire.errors import InvalidRequest, PoolMismatch, TooManySequences
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from memory_service.pool_registry import PoolRegistry
 
 MAX_SESSION_ID_CHARS = 128
+
+_logger = structlog.get_logger()
 
 
 class Sessions:
@@ -62,6 +66,12 @@ class Sessions:
         session, is_new = self._leases.open(session_id, max_num_rows)
         if is_new:
             self._manager.open_session(session.key, max_num_rows)
+        _logger.info(
+            "session_opened" if is_new else "session_resumed",
+            session_id=session_id,
+            generation=session.generation,
+            max_num_rows=max_num_rows,
+        )
         return session
 
     def _check_pool(self, pool_id: str, writer_generation: int) -> None:
@@ -91,7 +101,9 @@ class Sessions:
         return answer
 
     def detach(self, session: Session, generation: int) -> None:
-        """A stream broke."""
+        """A stream broke, or its session ended before."""
+        if self._leases.is_current(session, generation):
+            _logger.warning("stream_lost", session_id=session.session_id, generation=generation)
         self._leases.detach(session, generation)
 
     def end(self, session: Session, generation: int) -> None:
@@ -113,4 +125,8 @@ class Sessions:
 
     def _close(self, session: Session) -> None:
         self._leases.end(session)
+        num_sequences = len(self._manager.table(session.key))
         self._manager.close_session(session.key)
+        _logger.info(
+            "session_ended", session_id=session.session_id, num_released_sequences=num_sequences
+        )

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ByteSize, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, CliPositionalArg, CliSuppress, SettingsConfigDict
 
 ENV_PREFIX = "QUIRE_"
 
 MAX_BLOCK_SIZE = 256
+OFF = "off"  # in place of an address
 
 
 def _power_of_two(value: int) -> int:
@@ -20,7 +21,13 @@ def _power_of_two(value: int) -> int:
     return value
 
 
+def _off_is_a_word(value: object) -> object:
+    """In YAML a bare `off` is false."""
+    return OFF if value is False else value
+
+
 BlockSize = Annotated[int, AfterValidator(_power_of_two)]
+MetricsAddress = Annotated[str, BeforeValidator(_off_is_a_word)]
 DEFAULT_MEMORY_BUDGET = ByteSize(1 << 30)
 DEFAULT_ROUTER_ADDRESS = "127.0.0.1:7071"
 
@@ -96,11 +103,23 @@ class _SchedulingSettings(BaseSettings):
     )
 
 
+class _CompatSettings(BaseSettings):
+    """Under which names metrics are told."""
+
+    metrics_compat: Literal["none", "vllm"] = Field(
+        "none",
+        description="the router's metrics also under the names that dashboards of vLLM ask for",
+    )
+
+
 class MemorySettings(_PoolSettings, ServiceSettings):
     """Run the memory service: it owns the KV pool and answers questions about it."""
 
     listen: tuple[str, ...] = Field(
         ("127.0.0.1:7072",), description="addresses: host:port or unix:/path; may be repeated"
+    )
+    metrics_listen: MetricsAddress = Field(
+        "127.0.0.1:7082", description="address of GET /metrics: host:port, or off"
     )
     descriptor_socket: Path = Field(
         Path("/tmp/quire-descriptor.sock"),  # noqa: S108 -- a default for people; the socket checks who connects
@@ -118,25 +137,37 @@ class ComputeSettings(_ModelSettings, ServiceSettings):
     listen: tuple[str, ...] = Field(
         ("127.0.0.1:7073",), description="addresses: host:port or unix:/path; may be repeated"
     )
+    metrics_listen: MetricsAddress = Field(
+        "127.0.0.1:7083", description="address of GET /metrics: host:port, or off"
+    )
     memory_address: str = Field("127.0.0.1:7072", description="address of the memory service")
     device: Literal["cpu"] = Field("cpu", description="where the model runs")
 
 
-class RouterSettings(_SchedulingSettings, ServiceSettings):
+class RouterSettings(_SchedulingSettings, _CompatSettings, ServiceSettings):
     """Run the router: clients talk to it, it asks the memory and the compute service."""
 
     listen: tuple[str, ...] = Field(
         ("127.0.0.1:7071",), description="addresses: host:port or unix:/path; may be repeated"
     )
+    metrics_listen: MetricsAddress = Field(
+        "127.0.0.1:7081", description="address of GET /metrics: host:port, or off"
+    )
     memory_address: str = Field("127.0.0.1:7072", description="address of the memory service")
     compute_address: str = Field("127.0.0.1:7073", description="address of the compute service")
 
 
-class UpSettings(_ModelSettings, _PoolSettings, _SchedulingSettings, ServiceSettings):
+class UpSettings(
+    _ModelSettings, _PoolSettings, _SchedulingSettings, _CompatSettings, ServiceSettings
+):
     """Serve a model: start memory service, compute service and router, until Ctrl-C."""
 
     listen: str = Field(
         DEFAULT_ROUTER_ADDRESS, description="address of the router: host:port or unix:/path"
+    )
+    metrics: bool = Field(
+        True,
+        description="serve GET /metrics of router, memory and compute: on its port + 10, + 11 and + 12",
     )
 
 
@@ -189,6 +220,7 @@ ALL_SETTINGS: tuple[type[CommonSettings], ...] = (
     MemorySettings,
     ComputeSettings,
     RouterSettings,
+    UpSettings,
     GenerateSettings,
     ChatSettings,
     InspectSettings,

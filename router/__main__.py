@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import structlog
 
 from protos.router.v1 import router_pb2_grpc
 from quire import logs, serving
+from quire.metrics import MetricsEndpoint, OnLoop
 from quire.settings import RouterSettings
 from quire.settings_loader import load
+from router.metrics import router_metrics
 from router.node import Node
 from router.servicer import RouterServicer
+from router.vllm_names import vllm_metrics
 
 if TYPE_CHECKING:
     import grpc
@@ -43,19 +47,27 @@ async def _serve(settings: RouterSettings) -> None:
     # The addresses are claimed before anything is waited for: a taken port shows at once.
     server = serving.create_server()
     addresses = [serving.bind(server, address) for address in settings.listen]
+    metrics = MetricsEndpoint("router")
     try:
-        await _serve_node(settings, server, addresses, stop)
+        metrics.start(settings.metrics_listen)
+        await _serve_node(settings, server, addresses, metrics, stop)
     finally:
+        metrics.stop()
         for address in addresses:
             serving.release_unix_path(address)
 
 
 async def _serve_node(
-    settings: RouterSettings, server: grpc.aio.Server, addresses: list[str], stop: asyncio.Event
+    settings: RouterSettings,
+    server: grpc.aio.Server,
+    addresses: list[str],
+    metrics: MetricsEndpoint,
+    stop: asyncio.Event,
 ) -> None:
     node = await _connect_or_stop(settings, stop)
     if node is None:
         return
+    _add_metrics(metrics, node, settings)
     reporter = serving.HealthReporter()
     router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(node), server)
     await reporter.add_to(server, [_SERVICE])
@@ -63,7 +75,9 @@ async def _serve_node(
     steps = asyncio.create_task(node.run())
     steps.add_done_callback(lambda _: stop.set())
     await reporter.set_serving(serving=True)
-    _logger.info("serving", addresses=addresses, model=node.served_model_name)
+    _logger.info(
+        "serving", addresses=addresses, metrics=metrics.address, model=node.served_model_name
+    )
     await stop.wait()
     await reporter.set_serving(serving=False)
     await node.drain(settings.shutdown_grace_s)
@@ -72,6 +86,15 @@ async def _serve_node(
     with suppress(asyncio.CancelledError):
         await steps
     await node.close()
+
+
+def _add_metrics(metrics: MetricsEndpoint, node: Node, settings: RouterSettings) -> None:
+    reads = [router_metrics, vllm_metrics][: 2 if settings.metrics_compat == "vllm" else 1]
+    # One collector for both, so that the second names tell of the same moment.
+    families = OnLoop(
+        asyncio.get_running_loop(), lambda: chain.from_iterable(read(node) for read in reads)
+    )
+    metrics.add(families)
 
 
 async def _connect_or_stop(settings: RouterSettings, stop: asyncio.Event) -> Node | None:

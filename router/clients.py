@@ -52,7 +52,8 @@ class SessionTerms:
     generation: int
     last_applied_step: int
     block_size: int
-    num_blocks: int
+    num_blocks: int  # the null block included
+    prefix_cache_enabled: bool
     held_rows: tuple[int, ...]  # rows whose sequences memory still holds
 
 
@@ -101,6 +102,7 @@ class MemoryClient:
             last_applied_step=welcome.last_applied_step,
             block_size=welcome.block_size,
             num_blocks=welcome.num_blocks,
+            prefix_cache_enabled=welcome.prefix_cache_enabled,
             held_rows=tuple(sequence.row for sequence in welcome.sequences),
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import socket
 import sys
 from typing import TYPE_CHECKING
 
@@ -13,9 +12,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire import logs
+from quire.cli.ports import metrics_addresses, router_address
 from quire.run_folder import make_run_folder
-from quire.serving import UNIX_PREFIX, StartupError, check_port_is_free, install_stop_signals
+from quire.serving import UNIX_PREFIX, StartupError, install_stop_signals
 from quire.settings import (
+    OFF,
     ComputeSettings,
     MemorySettings,
     RouterSettings,
@@ -38,8 +39,9 @@ def up(argv: Sequence[str]) -> int:
     settings = load(UpSettings, argv, prog="quire up")
     logs.configure(settings.log_level, settings.log_format, "up")
     try:
-        listen = _claimable(settings.listen)
-        folder = make_run_folder(listen)
+        router = router_address(settings.listen)
+        metrics = metrics_addresses(settings.listen) if settings.metrics else {}
+        folder = make_run_folder(router)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -47,27 +49,16 @@ def up(argv: Sequence[str]) -> int:
     environment = {key: value for key, value in os.environ.items() if key != CONFIG_VARIABLE}
     supervisor = Supervisor(environment, settings.shutdown_grace_s + _KILL_GRACE_S)
     addresses = {
-        "router": listen,
+        "router": router,
         "memory": f"{UNIX_PREFIX}{folder / 'memory.sock'}",
         "compute": f"{UNIX_PREFIX}{folder / 'compute.sock'}",
+        **{f"{name}_metrics": address for name, address in metrics.items()},
     }
     try:
         return asyncio.run(_run(settings, folder, addresses, supervisor))
     finally:
         supervisor.stop()
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _claimable(address: str) -> str:
-    """`address` with a port that is free now, chosen when it is 0; raises StartupError."""
-    if address.startswith(UNIX_PREFIX):
-        return address
-    check_port_is_free(address)
-    host, _, port = address.rpartition(":")
-    if port != "0":
-        return address
-    with socket.create_server((host, 0)) as probe:
-        return f"{host}:{probe.getsockname()[1]}"
 
 
 async def _run(
@@ -105,12 +96,24 @@ def _start(
     descriptor_socket = folder / "descriptor.sock"
     supervisor.start(
         "memory_service",
-        _flags(settings, MemorySettings, listen=memory, descriptor_socket=descriptor_socket),
+        _flags(
+            settings,
+            MemorySettings,
+            listen=memory,
+            descriptor_socket=descriptor_socket,
+            metrics_listen=addresses.get("memory_metrics", OFF),
+        ),
         may_restart=False,
     )
     supervisor.start(
         "compute_service",
-        _flags(settings, ComputeSettings, listen=compute, memory_address=memory),
+        _flags(
+            settings,
+            ComputeSettings,
+            listen=compute,
+            memory_address=memory,
+            metrics_listen=addresses.get("compute_metrics", OFF),
+        ),
         may_restart=True,
     )
     supervisor.start(
@@ -121,6 +124,7 @@ def _start(
             listen=addresses["router"],
             memory_address=memory,
             compute_address=compute,
+            metrics_listen=addresses.get("router_metrics", OFF),
         ),
         may_restart=True,
     )

@@ -95,7 +95,9 @@ def _running_quire(model: Path, flags: tuple[str, ...], stderr: TextIO | None) -
 @contextmanager
 def running_service(name: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
     """`quire memory`, `quire compute` or `quire router` alone, told to stop at the end."""
-    process = subprocess.Popen([QUIRE, name, "--log-level", "error", *flags], text=True)
+    # Off: two of the same name would want the same port for their metrics.
+    quiet = ("--log-level", "error", "--metrics-listen", "off")
+    process = subprocess.Popen([QUIRE, name, *quiet, *flags], text=True)
     try:
         yield process
     finally:
