@@ -22,7 +22,7 @@ capabilities:
 {{- define "quire.placement" -}}
 {{- $root := index . 0 -}}
 {{- $pod := index . 1 -}}
-serviceAccountName: {{ include "quire.serviceAccountName" $root }}
+serviceAccountName: {{ include "quire.serviceAccountName" $root | quote }}
 automountServiceAccountToken: false
 # A Service named quire-... would put variables QUIRE_... into every container, and settings are strict.
 enableServiceLinks: false
@@ -31,11 +31,11 @@ securityContext:
 {{- with $root.Values.image.pullSecrets }}
 imagePullSecrets:
   {{- range . }}
-  - name: {{ . }}
+  - name: {{ . | quote }}
   {{- end }}
 {{- end }}
 {{- with $pod.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- range $key := list "nodeSelector" "tolerations" "affinity" "topologySpreadConstraints" }}
 {{- with index $pod $key }}
@@ -108,7 +108,7 @@ limits:
 {{- if eq .Values.model.source "pvc" -}}
 - name: model
   persistentVolumeClaim:
-    claimName: {{ .Values.model.claimName }}
+    claimName: {{ .Values.model.claimName | quote }}
     readOnly: true
 {{- end -}}
 {{- end }}
