@@ -11,7 +11,7 @@ import socketserver
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
@@ -23,7 +23,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.utils import floatToGoString
 
 from quire import __version__
-from quire.serving import StartupError
+from quire.serving import StartupError, resolve
 from quire.settings import OFF
 
 if TYPE_CHECKING:
@@ -168,18 +168,13 @@ class MetricsEndpoint:
 
 
 def _listen(address: str) -> _Server:
-    host, separator, port = address.rpartition(":")
-    if not separator or not port.isdigit():
-        message = f"cannot serve metrics on {address!r}: write host:port or {OFF}"
-        raise StartupError(message)
     try:
-        where = socket.getaddrinfo(
-            host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        return _Server(*where[0][::4])
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        message = f"cannot serve metrics on {address}: {reason}"
+        return _Server(*resolve(address))
+    except ValueError as error:
+        message = f"cannot serve metrics on {address!r}: write host:port or {OFF}"
+        raise StartupError(message) from error
+    except OSError as error:
+        message = f"cannot serve metrics on {address}: {error.strerror}"
         raise StartupError(message) from error
 
 
@@ -188,7 +183,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
     daemon_threads = True
 
-    def __init__(self, family: int, where: tuple[str, int]) -> None:
+    def __init__(self, family: int, where: tuple[Any, ...]) -> None:
         self.address_family = family
         self._is_stopping = False
         super().__init__(where, _Handler)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_UNIX_PATH_BYTES = 107
+MAX_PORT = 65_535
 UNIX_PREFIX = "unix:"
 _PR_SET_PDEATHSIG = 1
 PROBE_SERVICES = ("", "startup", "liveness", "readiness")
@@ -182,19 +183,34 @@ def bind(server: grpc.aio.Server, address: str) -> str:
 
 def check_port_is_free(address: str) -> None:
     """Raise `StartupError` in words when "host:port" cannot be listened on: gRPC's own error is a page long."""
-    host, separator, port = address.rpartition(":")
-    if not separator or not port.isdigit():
-        message = f"cannot listen on {address!r}: write host:port or unix:/path"
-        raise StartupError(message)
     try:
-        found = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM)
-        family, kind, protocol, _, where = found[0]
-        with socket.socket(family, kind, protocol) as probe:
+        family, where = resolve(address)
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
-    except (OSError, OverflowError) as error:
-        message = f"cannot listen on {address}: {getattr(error, 'strerror', None) or error}"
+    except ValueError as error:
+        message = f"cannot listen on {address!r}: write host:port or unix:/path"
         raise StartupError(message) from error
+    except OSError as error:
+        message = f"cannot listen on {address}: {error.strerror}"
+        raise StartupError(message) from error
+
+
+def resolve(address: str) -> tuple[int, tuple[Any, ...]]:
+    """Family and socket address of "host:port".
+
+    Raises:
+        ValueError: when it is not of that form, or there is no such port.
+        OSError: when there is no such host.
+    """
+    host, separator, port = address.rpartition(":")
+    # The system's own look-up takes a port that is too high modulo 65536.
+    if not separator or not port.isdigit() or int(port) > MAX_PORT:
+        raise ValueError(address)
+    found = socket.getaddrinfo(
+        host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    return found[0][0], found[0][4]
 
 
 def claim_unix_path(path: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import socket
 from contextlib import ExitStack
 
-from quire.serving import UNIX_PREFIX, check_port_is_free
+from quire.serving import MAX_PORT, UNIX_PREFIX, check_port_is_free
 
 _SERVICES = ("router", "memory", "compute")
 _METRICS_OFFSET = 10
-_MAX_PORT = 65_535
 _LOCALHOST = "127.0.0.1"
 
 
@@ -32,7 +31,7 @@ def metrics_addresses(listen: str) -> dict[str, str]:
     if not listen.startswith(UNIX_PREFIX):
         host, port = listen.rpartition(":")[0], int(listen.rpartition(":")[2])
     first = port + _METRICS_OFFSET
-    if port == 0 or first + len(_SERVICES) > _MAX_PORT:
+    if port == 0 or first + len(_SERVICES) > MAX_PORT:
         return dict(zip(_SERVICES, _free_addresses(host, len(_SERVICES)), strict=True))
     chosen = {name: f"{host}:{first + index}" for index, name in enumerate(_SERVICES)}
     for address in chosen.values():
