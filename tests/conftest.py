@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+from mixed_load import Evidence, run_mixed_load
 from processes import Quire, running_quire
 
 from quire import demo_model
@@ -20,3 +21,9 @@ def quire() -> Iterator[Quire]:
     """The three services with the demo model, for tests that leave them as they were."""
     with running_quire(demo_model.path(), *FLAGS) as found:
         yield found
+
+
+@pytest.fixture(scope="session")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
+    """What a system that served requests of every kind told; it still runs."""
+    yield from run_mixed_load(tmp_path_factory.mktemp("loaded"))
