@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 
 from quire import __version__
 
 _SERVICES = {"memory": "memory_service", "compute": "compute_service", "router": "router"}
 _COMMANDS = ("up", "demo", "generate", "chat", "inspect")
+_NEED_COMPUTE = ("up", "demo", "compute")
+_COMPUTE_LIBRARIES = ("torch", "transformers", "numba")
 _USAGE = """usage: quire COMMAND [flags]
 
   up        start memory, compute and router, supervised; one ready line with every address
@@ -28,6 +31,14 @@ _USAGE = """usage: quire COMMAND [flags]
 def main() -> int:
     """Entry point of the `quire` script; the process's exit status."""
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    missing = _missing_for(command)
+    if missing:
+        print(
+            f"error: quire {command}: the compute service's libraries are not installed ({', '.join(missing)}); "
+            "pip install 'quire[compute]' brings them",
+            file=sys.stderr,
+        )
+        return 1
     if command in _COMMANDS:
         status: int = getattr(import_module(f"quire.cli.{command}"), command)(arguments)
         return status
@@ -43,3 +54,10 @@ def main() -> int:
         return 0
     print(f"error: unknown command {command!r}; `quire --help` lists them", file=sys.stderr)
     return 2
+
+
+def _missing_for(command: str) -> list[str]:
+    """Libraries that `command` needs and that a light installation leaves out."""
+    if command not in _NEED_COMPUTE:
+        return []
+    return [name for name in _COMPUTE_LIBRARIES if find_spec(name) is None]
