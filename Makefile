@@ -9,7 +9,7 @@ NODE_STAMP := node_modules/.stamp
 # Compiled kernels are kept between runs and shared among test processes.
 export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 
-.PHONY: help setup check format stubs chart demo test test-fast test-long clean
+.PHONY: help setup check format stubs chart lint-chart dockerfile dockerfile-all demo test test-fast test-long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -26,7 +26,7 @@ $(NODE_STAMP): package.json
 	@npm install --no-package-lock --no-audit --no-fund --loglevel=error
 	@touch $@
 
-check: $(STAMP) $(NODE_STAMP) ## format, lint, types, import contracts, protos, stale stubs and manifests
+check: $(STAMP) $(NODE_STAMP) lint-chart ## format, lint, types, import contracts, protos, stale stubs and manifests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -45,6 +45,15 @@ stubs: $(STAMP) ## generate the stubs from the protos
 
 chart: $(STAMP) ## render k8s/rendered from the chart
 	$(BIN)/python tools/render_chart.py
+
+lint-chart: $(STAMP) ## lint manifests and Dockerfile for security (a minute the first time, then ten seconds)
+	$(BIN)/python tools/lint_manifests.py
+
+dockerfile: $(STAMP) ## perform the Dockerfile's steps for memory and router, and serve (a minute)
+	$(BIN)/python -m tools.exercise_dockerfile memory router
+
+dockerfile-all: $(STAMP) ## the same for the compute images: installs torch, some minutes
+	$(BIN)/python -m tools.exercise_dockerfile compute compute-cuda
 
 demo: $(STAMP) ## three services, the demo model, a look at the pool
 	@$(BIN)/quire demo

@@ -26,10 +26,10 @@ def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "find_spec", find)
 
 
+@pytest.mark.usefixtures("without_torch")
 @pytest.mark.parametrize("command", ["up", "demo", "compute"])
 def test_what_needs_compute_says_so(
     command: str,
-    without_torch: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -42,8 +42,9 @@ def test_what_needs_compute_says_so(
     )
 
 
+@pytest.mark.usefixtures("without_torch")
 def test_what_needs_none_of_it_starts(
-    without_torch: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A client's command reads its flags."""
     monkeypatch.setattr(sys, "argv", ["quire", "generate", "--help"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from grpcurl import as_buf_curl, run_buf
 
 from quire.client import Client
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-BUF = ROOT / "node_modules" / ".bin" / "buf"
 REQUEST_ID = "my-request"
 
 
@@ -40,42 +40,6 @@ def own_address(quire: Quire, words: list[str]) -> list[str]:
         word.replace("$MEMORY", memory).replace("127.0.0.1:7071", quire.addresses["router"])
         for word in words
     ]
-
-
-def as_buf_curl(words: list[str]) -> list[str]:
-    """A command line of grpcurl in the words of `buf curl`, which is what can be installed here."""
-    rest = iter(words[1:])
-    flags: list[str] = []
-    positional: list[str] = []
-    is_unix = False
-    for word in rest:
-        if word == "-d":
-            flags += ["--data", next(rest)]
-        elif word == "-unix":
-            is_unix = True
-        elif word != "-plaintext":
-            positional.append(word)
-    address, method = positional
-    if is_unix:
-        flags += ["--unix-socket", address]
-    host = "localhost" if is_unix else address
-    return [
-        "buf",
-        "curl",
-        "--protocol",
-        "grpc",
-        "--http2-prior-knowledge",
-        *flags,
-        f"http://{host}/{method}",
-    ]
-
-
-def run_buf(words: list[str]) -> str:
-    done = subprocess.run(
-        [str(BUF), *words[1:]], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize(
