@@ -1,0 +1,99 @@
+"""What the chart promises, one promise a test."""
+
+from __future__ import annotations
+
+import json
+
+from chart import CHART, render
+
+
+def test_a_model_on_a_claim() -> None:
+    """Compute and router mount it at the same path, read-only; compute serves the folder of it."""
+    rendering = render({"model": {"source": "pvc", "claimName": "models", "path": "llama/8b"}})
+    assert "--model=/model/llama/8b" in rendering.container("compute").arguments
+    for name in ("compute", "router"):
+        container = rendering.container(name)
+        assert {"name": "model", "mountPath": "/model", "readOnly": True} in container.spec[
+            "volumeMounts"
+        ]
+        (volume,) = [v for v in container.pod["spec"]["volumes"] if v["name"] == "model"]
+        assert volume["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
+
+
+def test_grace_periods_follow_from_the_drain() -> None:
+    """The engine outlives the router's drain, and each Pod has time for its own."""
+    rendering = render({"drain": {"preStopSeconds": 7, "graceSeconds": 100}})
+    router, compute = rendering.container("router"), rendering.container("compute")
+    assert router.spec["lifecycle"]["preStop"] == {"sleep": {"seconds": 7}}
+    assert router.pod["spec"]["terminationGracePeriodSeconds"] == 7 + 100 + 10
+    assert compute.spec["lifecycle"]["preStop"]["sleep"]["seconds"] >= 7 + 100
+    left = compute.pod["spec"]["terminationGracePeriodSeconds"] - 112
+    assert left >= 20 + 5
+    single = render(
+        {"profile": "single-container", "drain": {"preStopSeconds": 7, "graceSeconds": 100}}
+    )
+    grace = single.container("quire").pod["spec"]["terminationGracePeriodSeconds"]
+    assert grace >= 7 + 3 * (100 + 5)
+
+
+def test_the_memory_port_is_closed_to_others() -> None:
+    """Only the release's router reaches memory and compute, a listed peer memory; nothing leaves the engine."""
+    policy = render().named("NetworkPolicy", "-engine")["spec"]
+    peer = policy["podSelector"]["matchLabels"] | {"app.kubernetes.io/component": "router"}
+    first, metrics = policy["ingress"]
+    assert first["from"] == [{"podSelector": {"matchLabels": peer}}]
+    assert [port["port"] for port in first["ports"]] == [7072, 7073]
+    assert [port["port"] for port in metrics["ports"]] == [7082, 7083]
+    assert policy["egress"] == []
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    listed = [{"podSelector": {"matchLabels": {"team": "sre"}}}]
+    opened = render({"networkPolicy": {"allowInspectionFrom": listed}})
+    rules = opened.named("NetworkPolicy", "-engine")["spec"]["ingress"]
+    assert {"from": listed, "ports": [{"protocol": "TCP", "port": 7072}]} in rules
+
+
+def test_helm_test_is_always_a_client() -> None:
+    """Where clients are listed, the Pod of `helm test` is one of them; where none is, everyone is."""
+    assert "from" not in render().named("NetworkPolicy", "-router")["spec"]["ingress"][0]
+    listed = {"networkPolicy": {"allowClientsFrom": [{"podSelector": {"matchLabels": {"a": "b"}}}]}}
+    rule = render(listed).named("NetworkPolicy", "-router")["spec"]["ingress"][0]
+    labels = [found["podSelector"]["matchLabels"] for found in rule["from"]]
+    test_pod = render().container("generate").pod
+    assert any(found.items() <= test_pod["metadata"]["labels"].items() for found in labels)
+
+
+def test_dra_gives_one_claim_to_both_containers() -> None:
+    """Memory and compute name the claim that the template makes."""
+    rendering = render({"profile": "dra"})
+    (template,) = rendering.of_kind("ResourceClaimTemplate")
+    pod = rendering.container("compute").pod["spec"]
+    (claim,) = pod["resourceClaims"]
+    assert claim["resourceClaimTemplateName"] == template["metadata"]["name"]
+    for name in ("memory", "compute"):
+        assert rendering.container(name).spec["resources"]["claims"] == [{"name": claim["name"]}]
+
+
+def test_memory_is_a_native_sidecar() -> None:
+    """It starts before compute and stops after it."""
+    spec = render().container("memory").pod["spec"]
+    (memory,) = spec["initContainers"]
+    assert (memory["name"], memory["restartPolicy"]) == ("memory", "Always")
+    assert [found["name"] for found in spec["containers"]] == ["compute"]
+
+
+def test_the_dashboard_is_the_file() -> None:
+    """Behind its value: a ConfigMap with Grafana's label and the file as it is."""
+    assert render().of_kind("ConfigMap") == []
+    (found,) = render({"metrics": {"dashboard": {"enabled": True}}}).of_kind("ConfigMap")
+    assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
+    dashboard = json.loads((CHART / "dashboards" / "quire.json").read_text())
+    assert json.loads(found["data"]["quire.json"]) == dashboard
+
+
+def test_the_monitor_scrapes_every_metrics_port() -> None:
+    """Behind its value: the ports that it names are those of the containers."""
+    rendering = render({"metrics": {"podMonitor": {"enabled": True}}})
+    (monitor,) = rendering.of_kind("PodMonitor")
+    named = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
+    ports = {p["name"] for c in rendering.containers() for p in c.spec.get("ports", [])}
+    assert named == {name for name in ports if name.startswith("metrics-")}
