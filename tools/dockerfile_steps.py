@@ -42,7 +42,7 @@ class Image:
 
     def child(self, root: Path) -> Image:
         """An image whose files and settings begin as these."""
-        shutil.copytree(self.root, root, symlinks=True)
+        _copy_tree(self.root, root)
         return Image(
             root,
             dict(self.env),
@@ -162,7 +162,7 @@ class ImageBuilder:
         if words[0].startswith("--from="):
             other = self.build(words[0].removeprefix("--from=")).root
             source, destination = (word.lstrip("/") for word in words[1:])
-            shutil.copytree(other / source, image.root / destination, symlinks=True)
+            _copy_tree(other / source, image.root / destination)
             return
         target = Path(self.local(image.workdir)) / words[-1]
         for source in words[:-1]:
@@ -220,6 +220,11 @@ class ImageBuilder:
         if done.returncode:
             message = f"RUN {command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
             raise RuntimeError(message)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """A tree of links to the same files: whatever changes one here replaces it, as pip does."""
+    shutil.copytree(source, target, symlinks=True, copy_function=os.link)
 
 
 def _pairs(value: str) -> dict[str, str]:
