@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import structlog
 
 from compute_service.sampling import RowSampling
 from compute_service.step import ForkRow, NewRow, PendingInput, Step, StepDone
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from compute_service.metrics import EngineTally
     from compute_service.model_loader import LoadedModel
     from compute_service.step import StepFailed
+
+
+_logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,7 @@ class ComputeServicer(compute_pb2_grpc.ComputeServiceServicer):
             raise _fenced(hello)
         if self._current is not None:
             self._current.fence(_fenced(hello))
+        _logger.info("session_opened", session_id=hello.session_id, generation=hello.generation)
         self._current = _StepStream(served.engine, self._tally, hello.generation)
         return self._current
 

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
+import structlog
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from quire.distribution import Distribution
 
 _PATH = "/metrics"
+_logger = structlog.get_logger()
 _CLIENT_TIMEOUT_S = 10.0
 _READ_TIMEOUT_S = 5.0
 
@@ -227,7 +229,11 @@ def _only_metrics(metrics: WSGIApplication) -> WSGIApplication:
         try:
             return metrics(environ, start_response)
         except (RuntimeError, TimeoutError):  # of OnLoop
-            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [b"the service is ending, or stuck\n"]
+            status, reason = "503 Service Unavailable", b"the service is ending, or stuck\n"
+        except Exception:  # a defect of ours; the library would print a trace
+            _logger.exception("scrape_failed")
+            status, reason = "500 Internal Server Error", b"the service's log says why\n"
+        start_response(status, [("Content-Type", "text/plain")])
+        return [reason]
 
     return answer

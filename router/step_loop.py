@@ -139,9 +139,10 @@ class StepLoop:
     async def _reconnect(self, lost: StreamLost) -> None:
         """Open both streams again; requests wait meanwhile and go on from what memory still has."""
         self.is_connected.clear()
-        _logger.warning("stream_lost", reason=str(lost))
+        logger = _logger.bind(session_id=self._memory.session_id)
+        logger.warning("stream_lost", reason=str(lost))
         if isinstance(lost.cause, BrokenContract):
-            _logger.error("broken_contract", reason=lost.cause.message, **lost.cause.metadata)
+            logger.error("broken_contract", reason=lost.cause.message, **lost.cause.metadata)
         while not self.is_connected.is_set():
             try:
                 await self._connect()

@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 from processes import free_port
 from prometheus_client import Histogram
 from prometheus_client.registry import CollectorRegistry
@@ -141,6 +142,22 @@ def test_numbers_are_read_on_the_loop(endpoint: MetricsEndpoint) -> None:
     assert b"quire_test 7.0" in asyncio.run(scrape())
     assert seen == [threading.main_thread().name]
     assert get(endpoint.address)[0] == 503
+
+
+def test_a_collector_that_fails_is_one_record(
+    endpoint: MetricsEndpoint, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A defect is an error for who scrapes, and one record in the log, not a loose trace."""
+
+    class Broken:
+        def collect(self) -> list[object]:
+            raise KeyError("broken")
+
+    endpoint.add(Broken())
+    with structlog.testing.capture_logs() as records:
+        assert get(endpoint.address)[0] == 500
+    assert [record["event"] for record in records] == ["scrape_failed"]
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("bounds", [TOKEN_GAP_BOUNDS_S, STEP_BOUNDS_S, REQUEST_BOUNDS_S])

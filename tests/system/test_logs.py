@@ -79,10 +79,12 @@ def test_failing_steps_name_the_guilty_request(loaded: Evidence) -> None:
     assert (guilty["request_id"], guilty["sequence_id"]) == ("poisoned", "poisoned/0")
 
 
-def test_the_memory_service_tells_of_pool_and_session(loaded: Evidence) -> None:
-    """A pool is created, a session opened, each under its id."""
+def test_pool_and_session_are_told(loaded: Evidence) -> None:
+    """A pool is created and attached, a session opened with both services, each under its id."""
     (pool,) = loaded.records("pool_created")
     (attached,) = loaded.records("pool_attached")
-    (session,) = loaded.records("session_opened")
+    sessions = loaded.records("session_opened")
     assert pool["pool_id"] == attached["pool_id"] == loaded.pool.pool_id
-    assert session["session_id"].startswith("router-")
+    assert {record["service"] for record in sessions} == {"memory", "compute"}
+    (session_id,) = {record["session_id"] for record in sessions}
+    assert session_id.startswith("router-")
