@@ -24,6 +24,11 @@ class Scrape:
     def __getitem__(self, key: str) -> float:
         return self.values[key]
 
+    @property
+    def names(self) -> set[str]:
+        """Names of the samples, without labels."""
+        return {key.partition("/")[0] for key in self.values}
+
     def family(self, name: str) -> dict[str, float]:
         """The samples of a metric with one label, by its value."""
         prefix = f"{name}/"

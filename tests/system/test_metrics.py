@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from processes import Quire
     from scraping import Scrape
 
-DASHBOARD = Path(__file__).parents[2] / "k8s" / "chart" / "dashboards" / "quire.json"
+ROOT = Path(__file__).parents[2]
+DASHBOARD = ROOT / "k8s" / "chart" / "dashboards" / "quire.json"
+DOCUMENTATION = ROOT / "docs" / "metrics.md"
 REASONS = {
     pb.FINISH_REASON_STOP: "STOP",
     pb.FINISH_REASON_LENGTH: "LENGTH",
@@ -187,7 +189,7 @@ def test_the_dashboard_asks_for_what_is_there(loaded: Evidence) -> None:
     """Every metric in the dashboard's queries is in a live scrape; ids are unique, no data source is fixed."""
     dashboard = json.loads(DASHBOARD.read_text())
     panels = dashboard["panels"]
-    there = {key.partition("/")[0] for found in loaded.last.values() for key in found.values}
+    there = {name for found in loaded.last.values() for name in found.names}
     expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     asked = set(re.findall(r"\bquire_\w+", " ".join(expressions)))
     assert len(asked) > 25
@@ -199,6 +201,19 @@ def test_the_dashboard_asks_for_what_is_there(loaded: Evidence) -> None:
         "namespace",
         "instance",
     }
+
+
+def test_the_documentation_names_every_metric(loaded: Evidence) -> None:
+    """docs/metrics.md has a row for each of our metrics in a live scrape, and for no other."""
+    rows = re.findall(r"^\| `(quire_\w+)` \|", DOCUMENTATION.read_text(), re.MULTILINE)
+    suffixes = re.compile("_(bucket|count|sum)$")
+    there = {
+        suffixes.sub("", name) if f"{suffixes.sub('', name)}_bucket" in found.names else name
+        for found in loaded.last.values()
+        for name in found.names
+        if name.startswith("quire_")
+    }
+    assert sorted(rows) == sorted(there)
 
 
 def run_memory(tmp_path: Path, metrics_listen: str) -> subprocess.Popen[str]:
