@@ -1,0 +1,27 @@
+"""Ahead-of-time compilation, in a process of its own: this one may have an interpreter in place of the compiler."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_kernels_compile_without_a_gpu_and_do_not_spill(tmp_path: Path) -> None:
+    """Every kernel for sm_80, sm_90 and gfx942: 16-byte loads, tensor cores, no spilled register."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "compile_kernels.py")],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    for target, instruction in (("sm_80", "mma m16n8k16"), ("sm_90", "wgmma"), ("gfx942", "mfma")):
+        assert any(target in line and instruction in line for line in done.stdout.splitlines())
