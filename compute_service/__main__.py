@@ -15,15 +15,15 @@ import structlog
 import torch
 
 from compute_service.clients import AttachedPool, PoolIdentity, attach_pool
+from compute_service.device import ComputeDevice, open_device
 from compute_service.engine import Engine
 from compute_service.forward import ForwardPass
-from compute_service.kv_pool import KvPool, map_pool
+from compute_service.kv_pool import KvPool, open_pool
 from compute_service.metrics import EngineTally
 from compute_service.model_loader import LoadedModel, load_model
 from compute_service.refusal import ModelRefused
 from compute_service.server_thread import ServerThread
 from compute_service.servicer import ComputeServicer
-from kernels.launcher import Kernels
 from quire import demo_model, logs
 from quire.descriptor import DescriptorRefusedError
 from quire.errors import QuireError
@@ -83,7 +83,7 @@ def _make_engine(
     settings: ComputeSettings, servicer: ComputeServicer, tally: EngineTally
 ) -> tuple[Engine, KvPool]:
     started = time.monotonic()
-    device = torch.device(settings.device)
+    device = open_device(settings.device)
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     loaded = load_model(
@@ -91,28 +91,32 @@ def _make_engine(
         dtype=settings.dtype,
         max_model_len=settings.max_model_len,
         trust_remote_code=settings.trust_remote_code,
-        device=settings.device,
+        device=device,
     )
     tally.model_loaded(loaded, time.monotonic() - started)
     _logger.info("model_loaded", seconds=round(time.monotonic() - started, 1))
-    attached = _attach(settings, loaded)
-    pool = map_pool(attached, loaded.layers, loaded.dtype, settings.block_size)
-    kernels = Kernels.for_device(device)
-    forward = ForwardPass(loaded.model, kernels, pool.caches)
-    engine = Engine(forward, kernels, pool.caches, settings.block_size, device)
-    _warm_up(kernels, loaded)
+    attached = _attach(settings, loaded, device)
+    pool = open_pool(attached, loaded.layers, loaded.dtype, settings.block_size, device)
+    forward = ForwardPass(loaded.model, device.kernels, pool.caches)
+    engine = Engine(forward, device.kernels, pool.caches, settings.block_size, device.torch_device)
+    engine.warm_up()
     servicer.serve(engine, loaded, attached)
     return engine, pool
 
 
-def _attach(settings: ComputeSettings, loaded: LoadedModel) -> AttachedPool:
+def _attach(settings: ComputeSettings, loaded: LoadedModel, device: ComputeDevice) -> AttachedPool:
     identity = PoolIdentity(
         loaded.layers,
         str(loaded.dtype).removeprefix("torch."),
         settings.block_size,
         loaded.fingerprint,
     )
-    attached = attach_pool(settings.memory_address, identity, loaded.max_model_len)
+    attached = attach_pool(
+        settings.memory_address,
+        identity,
+        loaded.max_model_len,
+        in_own_memory=device.holds_pool,
+    )
     _logger.info(
         "pool_attached",
         pool_id=attached.pool_id,
@@ -120,12 +124,6 @@ def _attach(settings: ComputeSettings, loaded: LoadedModel) -> AttachedPool:
         warm=attached.warm,
     )
     return attached
-
-
-def _warm_up(kernels: Kernels, loaded: LoadedModel) -> None:
-    """Compile kernels before readiness: the first request must not wait seconds for it."""
-    for layer in set(loaded.layers):
-        kernels.warm_up(loaded.dtype, layer.k_head_dim, layer.v_head_dim)
 
 
 def _at_stop(handler: object) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from transformers import AttentionInterface
 
+from kernels.batch import AttentionParams
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -66,10 +68,12 @@ def attend(
         key_cache,
         value_cache,
         paged.batch,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window or 0,
-        soft_cap=softcap or 0.0,
-        sinks=s_aux,
+        AttentionParams(
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            sliding_window=sliding_window or 0,
+            soft_cap=softcap or 0.0,
+            sinks=s_aux,
+        ),
     )
     return output.unsqueeze(0).to(query.dtype), None
 

@@ -69,9 +69,24 @@ def pack_step(step: Step, rows: RowStore, block_size: int, device: torch.device)
             context_lens=_tensor(np.array([span.end for span in spans], dtype=np.int32), device),
             slot_mapping=_tensor(slots + positions % block_size, device),
             num_decodes=int((lengths == 1).sum()),
+            max_query_len=int(lengths.max()),
+            max_context_len=max(span.end for span in spans),
         ),
         output_rows=_tensor(np.array(outputs.packed, dtype=np.int64), device),
         sample_rows=tuple(outputs.sample_rows),
+    )
+
+
+def null_batch(device: torch.device) -> PagedBatch:
+    """A decode and a chunk of two tokens, all in the null block."""
+    return PagedBatch(
+        block_tables=torch.zeros(2, 1, dtype=torch.int32, device=device),
+        query_start=torch.tensor([0, 1, 3], dtype=torch.int32, device=device),
+        context_lens=torch.tensor([1, 2], dtype=torch.int32, device=device),
+        slot_mapping=torch.zeros(3, dtype=torch.int64, device=device),
+        num_decodes=1,
+        max_query_len=2,
+        max_context_len=2,
     )
 
 

@@ -47,13 +47,17 @@ class PoolIdentity:
     model_fingerprint: str
 
 
-def attach_pool(memory_address: str, identity: PoolIdentity, max_model_len: int) -> AttachedPool:
+def attach_pool(
+    memory_address: str, identity: PoolIdentity, max_model_len: int, *, in_own_memory: bool
+) -> AttachedPool:
     """Attach the pool of `identity`; waits for a memory service that starts and for a writer that dies.
+
+    `in_own_memory`: its bytes will lie with this process, not with the memory service.
 
     Raises:
         QuireError: what the memory service refused, or NotReady when it did not answer.
     """
-    request = _attach_request(identity, max_model_len)
+    request = _attach_request(identity, max_model_len, in_own_memory=in_own_memory)
     deadline = time.monotonic() + _PATIENCE_S
     with grpc.insecure_channel(memory_address, options=CHANNEL_OPTIONS) as channel:
         stub = pool_pb2_grpc.PoolServiceStub(channel)
@@ -76,7 +80,9 @@ def _wait_or_raise(error: grpc.RpcError, deadline: float) -> None:
     raise cause from error
 
 
-def _attach_request(identity: PoolIdentity, max_model_len: int) -> pool_pb2.AttachPoolRequest:
+def _attach_request(
+    identity: PoolIdentity, max_model_len: int, *, in_own_memory: bool
+) -> pool_pb2.AttachPoolRequest:
     return pool_pb2.AttachPoolRequest(
         identity=pool_pb2.PoolIdentity(
             layers=[
@@ -94,6 +100,9 @@ def _attach_request(identity: PoolIdentity, max_model_len: int) -> pool_pb2.Atta
             model_fingerprint=identity.model_fingerprint,
         ),
         max_model_len=max_model_len,
+        placement=pool_pb2.POOL_PLACEMENT_WRITER
+        if in_own_memory
+        else pool_pb2.POOL_PLACEMENT_SHARED_MEMORY,
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 import torch
 
-from compute_service.batch import pack_step
+from compute_service.batch import null_batch, pack_step
 from compute_service.rows import RowStore
 from compute_service.sampling import sample
 from compute_service.step import StepDone, StepError, StepFailed
@@ -88,6 +88,11 @@ class Engine:
         """Let `run` return after the steps that are queued."""
         self._queue.put(None)
 
+    def warm_up(self) -> None:
+        """One pass over a decode and a chunk, so that no request waits for a compiler; it writes to the null block."""
+        zeros = torch.zeros(3, dtype=torch.int64, device=self._device)
+        self._forward(zeros, zeros, null_batch(self._device), zeros[:2])
+
     def run(self) -> None:
         """Run steps until stopped."""
         while (queued := self._queue.get()) is not None:
@@ -141,11 +146,7 @@ class Engine:
         # The copies of a reset may come from several answers: the destination of one may be the source of the next.
         groups = [[copy] for copy in step.copies] if step.reset else [list(step.copies)]
         for group in groups:
-            self._kernels.copy_blocks(
-                self._caches,
-                torch.tensor([src for src, _ in group], dtype=torch.int64, device=self._device),
-                torch.tensor([dst for _, dst in group], dtype=torch.int64, device=self._device),
-            )
+            self._kernels.copy_blocks(self._caches, group)
 
     def _fail(self, step: Step, error: Exception) -> StepFailed:
         if isinstance(error, StepError | ValueError):

@@ -17,6 +17,7 @@ from compute_service.refusal import refusing
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from compute_service.device import ComputeDevice
     from quire.pool_layout import LayerGeometry
 
 _NUM_PROBE_TOKENS = 11
@@ -24,12 +25,12 @@ _NUM_PROBE_TOKENS = 11
 _CUTS = ((0, 6), (6, 10), (10, 11))
 
 
-def prove(model: nn.Module, device: torch.device, max_model_len: int) -> tuple[LayerGeometry, ...]:
+def prove(model: nn.Module, device: ComputeDevice, max_model_len: int) -> tuple[LayerGeometry, ...]:
     """Geometry of each KV layer; leaves the model with our attention in place.
 
     Args:
         model: loaded, with its own eager attention.
-        device: where it is.
+        device: where it is, and whose kernels compute.
         max_model_len: longest sequence that will be served, in tokens.
 
     Raises:
@@ -39,14 +40,14 @@ def prove(model: nn.Module, device: torch.device, max_model_len: int) -> tuple[L
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
     token_ids = torch.randint(min(1000, vocab_size), (_NUM_PROBE_TOKENS,), generator=generator)
-    token_ids = token_ids.to(device)
+    token_ids = token_ids.to(device.torch_device)
     with refusing("it does not run"):
         expected = _own_logits(model, token_ids)
     with refusing("it does not run with another attention"):
         recorder = record(model, token_ids)
     layers = check_calls(model, recorder)
     with refusing("it does not run through block tables"):
-        probe = PagedProbe(model, layers, token_ids)
+        probe = PagedProbe(model, device.kernels, layers, token_ids)
         probe.check_logits(expected, _CUTS)
         probe.check_neighbours(max_model_len)
     return layers

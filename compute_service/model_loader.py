@@ -20,6 +20,7 @@ from compute_service.refusal import ModelRefused, refusing
 if TYPE_CHECKING:
     from torch import nn
 
+    from compute_service.device import ComputeDevice
     from quire.pool_layout import LayerGeometry
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -47,7 +48,7 @@ def load_model(
     dtype: str,
     max_model_len: int | None,
     trust_remote_code: bool,
-    device: str,
+    device: ComputeDevice,
 ) -> LoadedModel:
     """Load and prove a model.
 
@@ -62,10 +63,10 @@ def load_model(
     text_config = config.get_text_config()
     served_len = _served_length(text_config, max_model_len)
     _check_config(config, text_config)
-    model = _load_weights(folder, dtype, device, trust_remote_code=trust_remote_code)
+    model = _load_weights(folder, dtype, device.torch_device, trust_remote_code=trust_remote_code)
     _check_class(model)
     fix_longrope(model, served_len)
-    layers = prove(model, torch.device(device), served_len)
+    layers = prove(model, device, served_len)
     return LoadedModel(
         folder=folder,
         model=model,
@@ -135,7 +136,9 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
     return {str(found.get("rope_type", "default")) for found in each}
 
 
-def _load_weights(folder: Path, dtype: str, device: str, *, trust_remote_code: bool) -> nn.Module:
+def _load_weights(
+    folder: Path, dtype: str, device: torch.device, *, trust_remote_code: bool
+) -> nn.Module:
     with refusing("it cannot be loaded"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -10,13 +10,13 @@ import torch
 from compute_service.forward import ForwardPass
 from compute_service.refusal import ModelRefused
 from kernels.batch import PagedBatch
-from kernels.launcher import Kernels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor, nn
 
+    from kernels.launcher import Kernels
     from quire.pool_layout import LayerGeometry
 
 _BLOCK_SIZE = 4
@@ -29,12 +29,17 @@ class PagedProbe:
 
     Args:
         model: with our attention in place.
+        kernels: of the device.
         layers: geometry of each KV layer.
         token_ids: int64 `[T]`, the probe's tokens.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[LayerGeometry], token_ids: Tensor
+        self,
+        model: nn.Module,
+        kernels: Kernels,
+        layers: Sequence[LayerGeometry],
+        token_ids: Tensor,
     ) -> None:
         self._token_ids = token_ids
         self._dtype = next(model.parameters()).dtype
@@ -42,7 +47,7 @@ class PagedProbe:
         tables = torch.arange(2 * num_blocks, dtype=torch.int32, device=token_ids.device)
         self._tables = tables.view(2, -1)
         caches = [self._cache(layer) for layer in layers]
-        self._forward = ForwardPass(model, Kernels.for_device(token_ids.device), caches)
+        self._forward = ForwardPass(model, kernels, caches)
 
     def _cache(self, layer: LayerGeometry) -> tuple[Tensor, Tensor]:
         shape, device = (self._tables.numel(), _BLOCK_SIZE, layer.num_kv_heads), self._tables.device
@@ -124,4 +129,6 @@ def _batch(tables: Tensor, spans: Sequence[tuple[int, int]]) -> PagedBatch:
         context_lens=torch.tensor([end for _, end in spans], dtype=torch.int32, device=device),
         slot_mapping=torch.cat(slots),
         num_decodes=sum(count == 1 for count in counts),
+        max_query_len=max(counts),
+        max_context_len=max(end for _, end in spans),
     )

@@ -1,4 +1,4 @@
-"""The packed batch that attention runs over."""
+"""What attention runs over: the packed batch, and how scores are made."""
 
 from __future__ import annotations
 
@@ -23,3 +23,27 @@ class PagedBatch:
     context_lens: Tensor  # int32 [S], at least the tokens run
     slot_mapping: Tensor  # int64 [T]; -1: nothing is stored
     num_decodes: int  # sequences at the front that run one token
+    # Known to the host, so that a launch never waits for the device:
+    max_query_len: int  # most tokens that a sequence runs
+    max_context_len: int  # largest of `context_lens`
+
+
+@dataclass(frozen=True, slots=True)
+class KvScales:
+    """What an fp8 cache is multiplied by to give keys and values."""
+
+    key: Tensor  # float32 [num_kv_heads]
+    value: Tensor  # float32 [num_kv_heads]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """How a layer scores keys."""
+
+    scale: float  # factor of the dot product
+    sliding_window: int = 0  # tokens that a query sees, itself included; 0: all
+    soft_cap: float = 0.0  # 0: none
+    sinks: Tensor | None = (
+        None  # [num_heads] logits that take part in the softmax and weigh nothing
+    )
+    kv_scales: KvScales | None = None  # with an fp8 cache, and only then

@@ -1,32 +1,24 @@
-"""Picks the implementation of each operation for a device."""
+"""Picks the implementation of the operations for a device, and checks what they are given."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-
-from kernels import numba_cpu, reference
-from kernels.batch import PagedBatch
-from kernels.checks import check_attention
+from kernels.checks import check_attention, check_copies, check_store
+from kernels.cpu import CpuOperations
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from torch import Tensor
 
+    from kernels.batch import AttentionParams, KvScales, PagedBatch
 
-class Kernels:
-    """The operations, checked. On the CPU decodes run in numba, prefill chunks in the reference."""
 
-    @classmethod
-    def for_device(cls, device: torch.device) -> Kernels:
-        """The implementations for `device`; raises ValueError for one that has none yet."""
-        if device.type != "cpu":
-            message = f"device {device} has no kernels yet; use cpu"
-            raise ValueError(message)
-        numba_cpu.set_num_threads(torch.get_num_threads())
-        return cls()
+class Operations(Protocol):
+    """One implementation; `kernels.reference` says what each operation gives. Arguments were checked."""
 
     def store_kv(
         self,
@@ -35,15 +27,14 @@ class Kernels:
         key_cache: Tensor,
         value_cache: Tensor,
         slot_mapping: Tensor,
+        scales: KvScales | None,
     ) -> None:
-        """See `kernels.reference.store_kv`."""
-        reference.store_kv(key, value, key_cache, value_cache, slot_mapping)
+        """Write new keys and values into their slots."""
 
     def copy_blocks(
-        self, caches: Sequence[tuple[Tensor, Tensor]], src: Tensor, dst: Tensor
+        self, caches: Sequence[tuple[Tensor, Tensor]], copies: Sequence[tuple[int, int]]
     ) -> None:
-        """See `kernels.reference.copy_blocks`."""
-        reference.copy_blocks(caches, src, dst)
+        """Copy whole blocks in every layer."""
 
     def paged_attention(
         self,
@@ -51,57 +42,62 @@ class Kernels:
         key_cache: Tensor,
         value_cache: Tensor,
         batch: PagedBatch,
-        *,
-        scale: float,
-        sliding_window: int = 0,
-        soft_cap: float = 0.0,
-        sinks: Tensor | None = None,
+        params: AttentionParams,
+    ) -> Tensor:
+        """Attend through block tables."""
+
+
+class Kernels:
+    """The operations, checked: each raises ValueError, in one sentence, for what it cannot do."""
+
+    def __init__(self, operations: Operations) -> None:
+        self._operations = operations
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> Kernels:
+        """The implementations for `device`: numba and the reference on the CPU, Triton on a GPU.
+
+        Raises:
+            ValueError: when there are none for it.
+        """
+        if device.type == "cpu":
+            return cls(CpuOperations())
+        if device.type != "cuda" or find_spec("triton") is None:
+            message = f"device {device} has no kernels: a GPU needs Triton, all else runs on cpu"
+            raise ValueError(message)
+        # Imported here: a machine without a GPU needs no Triton.
+        from kernels.triton_gpu import GpuTraits, TritonOperations  # noqa: PLC0415
+
+        return cls(TritonOperations(GpuTraits.of(device), device))
+
+    def store_kv(
+        self,
+        key: Tensor,
+        value: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        slot_mapping: Tensor,
+        scales: KvScales | None = None,
+    ) -> None:
+        """See `kernels.reference.store_kv`."""
+        check_store(key, value, key_cache, value_cache, slot_mapping, scales)
+        self._operations.store_kv(key, value, key_cache, value_cache, slot_mapping, scales)
+
+    def copy_blocks(
+        self, caches: Sequence[tuple[Tensor, Tensor]], copies: Sequence[tuple[int, int]]
+    ) -> None:
+        """See `kernels.reference.copy_blocks`."""
+        check_copies(copies, len(caches[0][0]))
+        self._operations.copy_blocks(caches, copies)
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: PagedBatch,
+        params: AttentionParams,
     ) -> Tensor:
         """See `kernels.reference.paged_attention`."""
-        check_attention(query, key_cache, value_cache, batch, sinks)
-        num_decodes = batch.num_decodes if numba_cpu.is_supported(query.dtype) else 0
-        outputs = []
-        if num_decodes:
-            decoded = numba_cpu.paged_decode(
-                query[:num_decodes],
-                key_cache,
-                value_cache,
-                batch,
-                scale=scale,
-                sliding_window=sliding_window,
-                soft_cap=soft_cap,
-                sinks=sinks,
-            )
-            outputs.append(decoded)
-        if num_decodes < len(batch.context_lens):
-            rest = reference.paged_attention(
-                query,
-                key_cache,
-                value_cache,
-                batch,
-                scale=scale,
-                sliding_window=sliding_window,
-                soft_cap=soft_cap,
-                sinks=sinks,
-                first_sequence=num_decodes,
-            )
-            outputs.append(rest)
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-    def warm_up(self, dtype: torch.dtype, k_head_dim: int, v_head_dim: int) -> None:
-        """Compile what the first request would otherwise wait for."""
-        one = torch.ones(1, dtype=torch.int32)
-        batch = PagedBatch(
-            block_tables=torch.zeros(1, 1, dtype=torch.int32),
-            query_start=torch.arange(2, dtype=torch.int32),
-            context_lens=one,
-            slot_mapping=torch.zeros(1, dtype=torch.int64),
-            num_decodes=1,
-        )
-        self.paged_attention(
-            torch.zeros(1, 1, k_head_dim, dtype=dtype),
-            torch.zeros(1, 1, 1, k_head_dim, dtype=dtype),
-            torch.zeros(1, 1, 1, v_head_dim, dtype=dtype),
-            batch,
-            scale=1.0,
-        )
+        check_attention(query, key_cache, value_cache, batch, params)
+        return self._operations.paged_attention(query, key_cache, value_cache, batch, params)

@@ -19,7 +19,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 if TYPE_CHECKING:
-    from kernels.batch import PagedBatch
+    from kernels.batch import AttentionParams, PagedBatch
 
 # torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
 numba.config.THREADING_LAYER = "omp"
@@ -109,11 +109,7 @@ def paged_decode(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     batch: PagedBatch,
-    *,
-    scale: float,
-    sliding_window: int,
-    soft_cap: float,
-    sinks: torch.Tensor | None,
+    params: AttentionParams,
 ) -> torch.Tensor:
     """Attention of the first `batch.num_decodes` sequences: `[num_decodes, num_heads, v_head_dim]`.
 
@@ -128,11 +124,11 @@ def paged_decode(
         _readable(value_cache),
         batch.block_tables.numpy(),
         batch.context_lens.numpy(),
-        np.float32(scale),
-        sliding_window,
-        np.float32(soft_cap),
-        no_sinks if sinks is None else sinks.detach().float().numpy(),
-        sinks is not None,
+        np.float32(params.scale),
+        params.sliding_window,
+        np.float32(params.soft_cap),
+        no_sinks if params.sinks is None else params.sinks.detach().float().numpy(),
+        params.sinks is not None,
         out.numpy(),
     )
     return out.to(query.dtype)

@@ -9,32 +9,58 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kernels.checks import FP8
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from kernels.batch import PagedBatch
+    from kernels.batch import AttentionParams, KvScales, PagedBatch
+
+E4M3_MAX = 448.0
 
 
 def store_kv(
-    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    scales: KvScales | None = None,
 ) -> None:
-    """Write new keys `[T, num_kv_heads, k_head_dim]` and values into their slots (int64 `[T]`, -1 is left out)."""
+    """Write new keys `[T, num_kv_heads, k_head_dim]` and values into their slots (int64 `[T]`, -1 is left out).
+
+    An fp8 cache (float8_e4m3fn) holds what is stored divided by its head's scale, rounded to nearest, clipped to +-448.
+    """
     kept = slot_mapping >= 0
     if not bool(kept.all()):
         key, value, slot_mapping = key[kept], value[kept], slot_mapping[kept]
-    key_cache.view(-1, *key_cache.shape[2:]).index_copy_(0, slot_mapping, key.to(key_cache.dtype))
-    value_cache.view(-1, *value_cache.shape[2:]).index_copy_(
-        0, slot_mapping, value.to(value_cache.dtype)
-    )
+    key_scale, value_scale = _each(scales)
+    for new, cache, scale in ((key, key_cache, key_scale), (value, value_cache, value_scale)):
+        elements = new.to(cache.dtype) if scale is None else _to_fp8(new, scale)
+        # torch moves no fp8 by index, but the bytes behind it.
+        kind = torch.uint8 if cache.dtype == FP8 else cache.dtype
+        slots = cache.view(kind).view(-1, *cache.shape[2:])
+        slots.index_copy_(0, slot_mapping, elements.view(kind))
 
 
-def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], src: Tensor, dst: Tensor) -> None:
-    """Copy whole blocks, src[i] to dst[i] (int64 `[n]`), in every layer; all are read before any is written."""
+def _each(scales: KvScales | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if scales is None else (scales.key, scales.value)
+
+
+def _to_fp8(new: Tensor, scale: Tensor) -> Tensor:
+    return (new.float() / scale[:, None]).clamp(-E4M3_MAX, E4M3_MAX).to(FP8)
+
+
+def copy_blocks(caches: Sequence[tuple[Tensor, Tensor]], copies: Sequence[tuple[int, int]]) -> None:
+    """Copy whole blocks, each (source, destination), in every layer; no block is both in one call."""
+    device = caches[0][0].device
+    src, dst = torch.tensor(copies, dtype=torch.int64, device=device).unbind(1)
     for layer in caches:
         for cache in layer:
-            cache.index_copy_(0, dst, cache.index_select(0, src))
+            bits = cache.view(torch.uint8)
+            bits.index_copy_(0, dst, bits.index_select(0, src))
 
 
 def paged_attention(
@@ -42,11 +68,8 @@ def paged_attention(
     key_cache: Tensor,
     value_cache: Tensor,
     batch: PagedBatch,
+    params: AttentionParams,
     *,
-    scale: float,
-    sliding_window: int = 0,
-    soft_cap: float = 0.0,
-    sinks: Tensor | None = None,
     first_sequence: int = 0,
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their sequences.
@@ -59,60 +82,51 @@ def paged_attention(
     Args:
         query: `[T, num_heads, k_head_dim]`, float32, bfloat16 or float16; num_heads is a multiple of num_kv_heads, and
             query head h reads kv head `h * num_kv_heads // num_heads`.
-        key_cache: `[num_blocks, block_size, num_kv_heads, k_head_dim]`.
+        key_cache: `[num_blocks, block_size, num_kv_heads, k_head_dim]`, in the dtype of `query` or fp8 with scales.
         value_cache: the same with v_head_dim.
         batch: which tokens are whose.
-        scale: factor of the dot product.
-        sliding_window: tokens that a query sees, itself included; 0: all.
-        soft_cap: 0: none.
-        sinks: `[num_heads]` logits that take part in the softmax and weigh nothing.
+        params: scale, window, cap, sinks, fp8 scales.
         first_sequence: sequences before it are left out.
 
     Returns:
         `[tokens of the sequences taken, num_heads, v_head_dim]` in the dtype of `query`.
     """
     starts, lengths = batch.query_start.tolist(), batch.context_lens.tolist()
+    key_scale, value_scale = _each(params.kv_scales)
     outputs = [
         _attend(
             query[starts[index] : starts[index + 1]],
-            _gather(key_cache, batch.block_tables[index], lengths[index]),
-            _gather(value_cache, batch.block_tables[index], lengths[index]),
-            scale,
-            sliding_window,
-            soft_cap,
-            sinks,
+            _gather(key_cache, batch.block_tables[index], lengths[index], key_scale),
+            _gather(value_cache, batch.block_tables[index], lengths[index], value_scale),
+            params,
         )
         for index in range(first_sequence, len(lengths))
     ]
     return torch.cat(outputs)
 
 
-def _gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
+def _gather(cache: Tensor, table: Tensor, length: int, scale: Tensor | None) -> Tensor:
     """`[num_kv_heads, length, head_dim]` in float32."""
     block_size = cache.shape[1]
-    blocks = cache.index_select(0, table[: -(-length // block_size)].long())
-    return blocks.flatten(0, 1)[:length].transpose(0, 1).float()
+    bits = cache.view(torch.uint8) if cache.dtype == FP8 else cache
+    blocks = bits.index_select(0, table[: -(-length // block_size)].long()).view(cache.dtype)
+    found = blocks.flatten(0, 1)[:length].transpose(0, 1).float()
+    return found if scale is None else found * scale[:, None, None]
 
 
-def _attend(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scale: float,
-    sliding_window: int,
-    soft_cap: float,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
     """One sequence: `[q, num_heads, k_head_dim]` over keys and values `[num_kv_heads, n, head_dim]`."""
     num_queries, num_heads, _ = query.shape
     num_kv_heads, length, v_head_dim = values.shape
     grouped = query.float().transpose(0, 1).reshape(num_kv_heads, -1, query.shape[2])
-    scores = (grouped @ keys.transpose(1, 2)).view(num_heads, num_queries, length) * scale
-    if soft_cap:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    scores.masked_fill_(_hidden(num_queries, length, sliding_window, query.device), -torch.inf)
-    if sinks is not None:
-        column = sinks.float().view(-1, 1, 1).expand(-1, num_queries, 1)
+    scores = (grouped @ keys.transpose(1, 2)).view(num_heads, num_queries, length) * params.scale
+    if params.soft_cap:
+        scores = params.soft_cap * torch.tanh(scores / params.soft_cap)
+    scores.masked_fill_(
+        _hidden(num_queries, length, params.sliding_window, query.device), -torch.inf
+    )
+    if params.sinks is not None:
+        column = params.sinks.float().view(-1, 1, 1).expand(-1, num_queries, 1)
         scores = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., :length]
     weighed = weights.reshape(num_kv_heads, -1, length) @ values

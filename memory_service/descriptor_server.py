@@ -75,14 +75,14 @@ class DescriptorServer:
             return "only processes of the memory service's own user get the descriptor"
         loop = asyncio.get_running_loop()
         line = await asyncio.wait_for(loop.sock_recv(connection, MAX_LINE_BYTES), _LINE_TIMEOUT_S)
-        fd = self._registry.redeem(line.decode(errors="replace").strip())
-        if fd is None:
+        pool = self._registry.redeem(line.decode(errors="replace").strip())
+        if pool is None:
             return "the ticket is unknown, used or too old"
         writer = self._registry.writer
         assert writer is not None
         pidfd = peer_pidfd(connection)
         try:
-            socket.send_fds(connection, [f"{OK}\n".encode()], [fd])
+            socket.send_fds(connection, [f"{OK}\n".encode()], [] if pool.fd is None else [pool.fd])
             with suppress(OSError):
                 while await loop.sock_recv(connection, MAX_LINE_BYTES):
                     pass

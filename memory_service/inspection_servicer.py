@@ -28,6 +28,7 @@ _KNOWN_COSTS = (
     "One block table serves all layers, so layers with a sliding window keep blocks behind their window.",
     "Latent attention (MLA) is stored with its keys and values materialised.",
 )
+_WRITERS_COST = "The bytes lie with the compute service: when it ends, every cached prefix is lost."
 
 
 class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
@@ -65,7 +66,8 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
             num_sessions=len(self._sessions),
             writer_generation=str(writer.generation if writer else 0),
             writer_alive=writer is not None and writer.is_connected,
-            known_costs=_KNOWN_COSTS,
+            known_costs=_KNOWN_COSTS if found.fd is not None else (*_KNOWN_COSTS, _WRITERS_COST),
+            placement="writer" if found.fd is None else "shared_memory",
         )
 
     async def ListSequences(

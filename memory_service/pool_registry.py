@@ -48,7 +48,7 @@ class Pool:
 
     pool_id: str
     identity: PoolIdentity
-    fd: int
+    fd: int | None  # None: the bytes lie with the writer, and end with it
     size_bytes: int
     block_bytes: int
     manager: BlockManager
@@ -110,8 +110,12 @@ class PoolRegistry:
         """The writer that was let in last."""
         return self._writer
 
-    def attach(self, identity: PoolIdentity, max_model_len: int) -> Attachment:
+    def attach(
+        self, identity: PoolIdentity, max_model_len: int, *, in_writers_memory: bool = False
+    ) -> Attachment:
         """Let a writer in.
+
+        `in_writers_memory`: the writer reserves the bytes itself. Whatever such a pool held went with its last writer.
 
         Raises:
             InvalidRequest: when the identity makes no sense.
@@ -122,9 +126,14 @@ class PoolRegistry:
         _check_identity(identity, max_model_len)
         self._check_writer()
         pool = self._pool
-        is_warm = pool is not None and pool.identity == identity
+        is_warm = (
+            pool is not None
+            and pool.identity == identity
+            and pool.fd is not None
+            and not in_writers_memory
+        )
         if pool is None or not is_warm:
-            pool = self._replace(identity, max_model_len)
+            pool = self._replace(identity, max_model_len, in_writers_memory=in_writers_memory)
         generation = self._writer.generation + 1 if self._writer else 1
         ticket = secrets.token_urlsafe(24)
         self._writer = Writer(generation, ticket, self._clock() + _TICKET_LIFE_S)
@@ -139,12 +148,13 @@ class PoolRegistry:
             message = "another compute service writes to this pool; it is waited for until it ends"
             raise WriterAlive(message, metadata={"writer_generation": writer.generation})
 
-    def _replace(self, identity: PoolIdentity, max_model_len: int) -> Pool:
+    def _replace(
+        self, identity: PoolIdentity, max_model_len: int, *, in_writers_memory: bool
+    ) -> Pool:
         num_blocks = self._num_blocks(identity, max_model_len)
         if self._pool is not None:
             self._on_replaced()
-            os.close(self._pool.fd)
-            self._pool = None
+            self.close()
         element_size = ELEMENT_SIZES[identity.dtype]
         size_bytes = pool_layout(
             identity.layers, element_size, identity.block_size, num_blocks
@@ -154,7 +164,7 @@ class PoolRegistry:
         self._pool = Pool(
             pool_id,
             identity,
-            create_pool_file(size_bytes, self._state_dir),
+            None if in_writers_memory else create_pool_file(size_bytes, self._state_dir),
             size_bytes,
             block_bytes(identity.layers, element_size, identity.block_size),
             BlockManager(
@@ -185,8 +195,8 @@ class PoolRegistry:
             )
         return num_blocks
 
-    def redeem(self, ticket: str) -> int | None:
-        """The descriptor for a ticket, once; None for one that is unknown, used or late."""
+    def redeem(self, ticket: str) -> Pool | None:
+        """The pool for a ticket, once; None for one that is unknown, used or late."""
         writer, pool = self._writer, self._pool
         if writer is None or pool is None or not ticket:
             return None
@@ -195,7 +205,7 @@ class PoolRegistry:
             return None
         writer.ticket = ""
         writer.is_connected = True
-        return pool.fd
+        return pool
 
     def writer_gone(self, generation: int) -> None:
         """The socket of a writer ended."""
@@ -204,9 +214,9 @@ class PoolRegistry:
 
     def close(self) -> None:
         """Let the bytes go."""
-        if self._pool is not None:
+        if self._pool is not None and self._pool.fd is not None:
             os.close(self._pool.fd)
-            self._pool = None
+        self._pool = None
 
 
 def _check_identity(identity: PoolIdentity, max_model_len: int) -> None:

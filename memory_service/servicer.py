@@ -44,7 +44,11 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         context: grpc.aio.ServicerContext[pool_pb2.AttachPoolRequest, pool_pb2.AttachPoolResponse],
     ) -> pool_pb2.AttachPoolResponse:
         """Let a writer in."""
-        attachment = self._registry.attach(_identity(request.identity), request.max_model_len)
+        attachment = self._registry.attach(
+            _identity(request.identity),
+            request.max_model_len,
+            in_writers_memory=request.placement == pool_pb2.POOL_PLACEMENT_WRITER,
+        )
         pool = attachment.pool
         _logger.info(
             "pool_attached" if attachment.is_warm else "pool_created",

@@ -1,8 +1,8 @@
 """Fetch the pool's file descriptor from the memory service: one ticket, one line, one descriptor.
 
 Both sides speak this over a Unix stream socket: the caller sends its ticket and a newline; the answer is `OK` and a
-newline with the descriptor attached (SCM_RIGHTS), or one line that says why not. The caller then keeps the socket open:
-its end tells the memory service that the writer may be gone.
+newline with the descriptor attached (SCM_RIGHTS; none when the pool's bytes lie with the caller), or one line that says
+why not. The caller then keeps the socket open: its end tells the memory service that the writer may be gone.
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ class PoolDescriptor:
     Both are the holder's to close. Closing `lifeline` gives up the right to write.
     """
 
-    fd: int  # readable and writable, close-on-exec; map it shared
+    fd: (
+        int | None
+    )  # readable and writable, close-on-exec; map it shared. None: the bytes are the holder's own
     lifeline: socket.socket  # reads end of file when the memory service is gone
 
     def close(self) -> None:
         """Close the descriptor and stop being the writer. Mappings of the descriptor stay valid."""
-        os.close(self.fd)
+        if self.fd is not None:
+            os.close(self.fd)
         self.lifeline.close()
 
 
@@ -97,7 +100,7 @@ def _check_owner(lifeline: socket.socket, path: str) -> None:
         raise DescriptorRefusedError(message)
 
 
-def _receive(lifeline: socket.socket) -> int:
+def _receive(lifeline: socket.socket) -> int | None:
     descriptors = array("i")
     data, ancillary, _, _ = lifeline.recvmsg(
         MAX_LINE_BYTES, socket.CMSG_SPACE(descriptors.itemsize), socket.MSG_CMSG_CLOEXEC
@@ -105,9 +108,7 @@ def _receive(lifeline: socket.socket) -> int:
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             descriptors.frombytes(payload)
-    if not descriptors:
-        message = (
-            data.decode(errors="replace").strip() or "the memory service closed the connection"
-        )
-        raise DescriptorRefusedError(message)
-    return descriptors[0]
+    line = data.decode(errors="replace").strip()
+    if line != OK:
+        raise DescriptorRefusedError(line or "the memory service closed the connection")
+    return descriptors[0] if descriptors else None

@@ -62,7 +62,7 @@ class _PoolSettings(BaseSettings):
     """The KV pool."""
 
     memory_budget: ByteSize = Field(
-        DEFAULT_MEMORY_BUDGET, description="size of the KV pool, e.g. 512MiB"
+        DEFAULT_MEMORY_BUDGET, description="size of the KV pool, e.g. 512MiB; on a GPU, of its memory"
     )
     state_dir: Path | None = Field(
         None, description="folder on tmpfs for the pool's file; without it the pool leaves nothing"
@@ -82,6 +82,9 @@ class _ModelSettings(BaseSettings):
     block_size: BlockSize = Field(16, description="token slots a block")
     max_model_len: PositiveInt | None = Field(
         None, description="longest sequence served, in tokens; unset: the model's own limit"
+    )
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="where the model runs; cuda: the first visible NVIDIA or AMD GPU"
     )
     num_threads: PositiveInt | None = Field(None, description="CPU threads; unset: all cores")
     trust_remote_code: bool = Field(
@@ -141,7 +144,6 @@ class ComputeSettings(_ModelSettings, ServiceSettings):
         "127.0.0.1:7083", description="address of GET /metrics: host:port, or off"
     )
     memory_address: str = Field("127.0.0.1:7072", description="address of the memory service")
-    device: Literal["cpu"] = Field("cpu", description="where the model runs")
 
 
 class RouterSettings(_SchedulingSettings, _CompatSettings, ServiceSettings):

@@ -9,10 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import LONGROPE, MOE, SERVED, VOCAB_SIZE, WINDOWED, make_checkpoint
 from transformers import AutoModelForCausalLM
+from triton_interpreter import interpreted_operations
 
+from compute_service.device import ComputeDevice, open_device
 from compute_service.model_loader import load_model
 from compute_service.paged_probe import PagedProbe
 from compute_service.refusal import ModelRefused
+from kernels.launcher import Kernels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,31 +98,44 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def load(folder: Path, max_model_len: int = 400) -> LoadedModel:
+CPU = open_device("cpu")
+TRITON = ComputeDevice(torch.device("cpu"), Kernels(interpreted_operations()), holds_pool=True)
+
+
+def load(folder: Path, max_model_len: int = 400, device: ComputeDevice = CPU) -> LoadedModel:
     return load_model(
         str(folder),
         dtype="float32",
         max_model_len=max_model_len,
         trust_remote_code=False,
-        device="cpu",
+        device=device,
     )
 
 
-def check_against_eager(folder: Path) -> None:
+def check_against_eager(folder: Path, device: ComputeDevice = CPU) -> None:
     """Two packed sequences in uneven chunks, longer than every window, have the logits of the model's own attention."""
     oracle = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     token_ids = torch.randint(3, VOCAB_SIZE, (70,), generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         expected = oracle(input_ids=token_ids[None], use_cache=False).logits[0].float()
-    loaded = load(folder)
+    loaded = load(folder, device=device)
     cuts = ((0, 13), (13, 14), (14, 50), (50, 69), (69, 70))
-    PagedProbe(loaded.model, loaded.layers, token_ids).check_logits(expected, cuts)
+    probe = PagedProbe(loaded.model, device.kernels, loaded.layers, token_ids)
+    probe.check_logits(expected, cuts)
 
 
 @pytest.mark.parametrize("model_type", sorted(ALSO_SERVED))
 def test_served_models_have_their_own_logits(model_type: str, tmp_path: Path) -> None:
     """A model that passes the proof answers as it does under transformers."""
     check_against_eager(make_checkpoint(tmp_path, model_type, **ALSO_SERVED[model_type]))
+
+
+# Windows and caps, sinks, keys unlike values.
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "deepseek_v3"])
+def test_the_triton_kernels_serve_the_same_logits(model_type: str, tmp_path: Path) -> None:
+    """A model that computes with the GPU's kernels, here interpreted, answers as it does under transformers."""
+    overrides = {**SERVED[model_type], "num_hidden_layers": 2}
+    check_against_eager(make_checkpoint(tmp_path, model_type, **overrides), TRITON)
 
 
 def test_longrope_is_fixed_by_the_served_length(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/memory/v1/inspection.proto\x12\x0fquire.memory.v1\"\x10\n\x0eGetPoolRequest\"\xce\x03\n\x0fGetPoolResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12\x17\n\x0fnum_free_blocks\x18\x05 \x01(\x05\x12\x19\n\x11num_cached_blocks\x18\x06 \x01(\x05\x12\x17\n\x0fnum_used_blocks\x18\x07 \x01(\x05\x12\x19\n\x11num_shared_blocks\x18\x08 \x01(\x05\x12\x19\n\x11num_pinned_blocks\x18\t \x01(\x05\x12\x10\n\x08size_mib\x18\n \x01(\x01\x12\x11\n\tblock_mib\x18\x0b \x01(\x01\x12\x15\n\rnum_sequences\x18\x0c \x01(\x05\x12\x1f\n\x17num_prefix_query_tokens\x18\r \x01(\t\x12\x1d\n\x15num_prefix_hit_tokens\x18\x0e \x01(\t\x12\x15\n\rnum_evictions\x18\x0f \x01(\t\x12\x14\n\x0cnum_sessions\x18\x10 \x01(\x05\x12\x19\n\x11writer_generation\x18\x11 \x01(\t\x12\x14\n\x0cwriter_alive\x18\x12 \x01(\x08\x12\x13\n\x0bknown_costs\x18\x13 \x03(\t\"=\n\x14ListSequencesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"p\n\x15ListSequencesResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"\xca\x01\n\x08Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\x0b\n\x03row\x18\x04 \x01(\x05\x12\x13\n\x0bincarnation\x18\x05 \x01(\x05\x12\x1b\n\x13num_computed_tokens\x18\x06 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\x05\x12\x12\n\nnum_blocks\x18\x08 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\t \x01(\x01\")\n\x12GetSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"\x86\x01\n\x13GetSequenceResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x30\n\x0b\x62lock_table\x18\x03 \x03(\x0b\x32\x1b.quire.memory.v1.TableEntry\"U\n\nTableEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12\x11\n\tref_count\x18\x02 \x01(\x05\x12\x0e\n\x06sealed\x18\x03 \x01(\x08\x12\x12\n\nblock_hash\x18\x04 \x01(\t\"\x17\n\x15\x43heckIntegrityRequest\"<\n\x16\x43heckIntegrityResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x10\n\x08\x66indings\x18\x02 \x03(\t2\xfe\x02\n\x11InspectionService\x12L\n\x07GetPool\x12\x1f.quire.memory.v1.GetPoolRequest\x1a .quire.memory.v1.GetPoolResponse\x12^\n\rListSequences\x12%.quire.memory.v1.ListSequencesRequest\x1a&.quire.memory.v1.ListSequencesResponse\x12X\n\x0bGetSequence\x12#.quire.memory.v1.GetSequenceRequest\x1a$.quire.memory.v1.GetSequenceResponse\x12\x61\n\x0e\x43heckIntegrity\x12&.quire.memory.v1.CheckIntegrityRequest\x1a\'.quire.memory.v1.CheckIntegrityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/memory/v1/inspection.proto\x12\x0fquire.memory.v1\"\x10\n\x0eGetPoolRequest\"\xe1\x03\n\x0fGetPoolResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12\x17\n\x0fnum_free_blocks\x18\x05 \x01(\x05\x12\x19\n\x11num_cached_blocks\x18\x06 \x01(\x05\x12\x17\n\x0fnum_used_blocks\x18\x07 \x01(\x05\x12\x19\n\x11num_shared_blocks\x18\x08 \x01(\x05\x12\x19\n\x11num_pinned_blocks\x18\t \x01(\x05\x12\x10\n\x08size_mib\x18\n \x01(\x01\x12\x11\n\tblock_mib\x18\x0b \x01(\x01\x12\x15\n\rnum_sequences\x18\x0c \x01(\x05\x12\x1f\n\x17num_prefix_query_tokens\x18\r \x01(\t\x12\x1d\n\x15num_prefix_hit_tokens\x18\x0e \x01(\t\x12\x15\n\rnum_evictions\x18\x0f \x01(\t\x12\x14\n\x0cnum_sessions\x18\x10 \x01(\x05\x12\x19\n\x11writer_generation\x18\x11 \x01(\t\x12\x14\n\x0cwriter_alive\x18\x12 \x01(\x08\x12\x13\n\x0bknown_costs\x18\x13 \x03(\t\x12\x11\n\tplacement\x18\x14 \x01(\t\"=\n\x14ListSequencesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"p\n\x15ListSequencesResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"\xca\x01\n\x08Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\x0b\n\x03row\x18\x04 \x01(\x05\x12\x13\n\x0bincarnation\x18\x05 \x01(\x05\x12\x1b\n\x13num_computed_tokens\x18\x06 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\x05\x12\x12\n\nnum_blocks\x18\x08 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\t \x01(\x01\")\n\x12GetSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"\x86\x01\n\x13GetSequenceResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x30\n\x0b\x62lock_table\x18\x03 \x03(\x0b\x32\x1b.quire.memory.v1.TableEntry\"U\n\nTableEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12\x11\n\tref_count\x18\x02 \x01(\x05\x12\x0e\n\x06sealed\x18\x03 \x01(\x08\x12\x12\n\nblock_hash\x18\x04 \x01(\t\"\x17\n\x15\x43heckIntegrityRequest\"<\n\x16\x43heckIntegrityResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x10\n\x08\x66indings\x18\x02 \x03(\t2\xfe\x02\n\x11InspectionService\x12L\n\x07GetPool\x12\x1f.quire.memory.v1.GetPoolRequest\x1a .quire.memory.v1.GetPoolResponse\x12^\n\rListSequences\x12%.quire.memory.v1.ListSequencesRequest\x1a&.quire.memory.v1.ListSequencesResponse\x12X\n\x0bGetSequence\x12#.quire.memory.v1.GetSequenceRequest\x1a$.quire.memory.v1.GetSequenceResponse\x12\x61\n\x0e\x43heckIntegrity\x12&.quire.memory.v1.CheckIntegrityRequest\x1a\'.quire.memory.v1.CheckIntegrityResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPOOLREQUEST']._serialized_start=54
   _globals['_GETPOOLREQUEST']._serialized_end=70
   _globals['_GETPOOLRESPONSE']._serialized_start=73
-  _globals['_GETPOOLRESPONSE']._serialized_end=535
-  _globals['_LISTSEQUENCESREQUEST']._serialized_start=537
-  _globals['_LISTSEQUENCESREQUEST']._serialized_end=598
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=600
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=712
-  _globals['_SEQUENCE']._serialized_start=715
-  _globals['_SEQUENCE']._serialized_end=917
-  _globals['_GETSEQUENCEREQUEST']._serialized_start=919
-  _globals['_GETSEQUENCEREQUEST']._serialized_end=960
-  _globals['_GETSEQUENCERESPONSE']._serialized_start=963
-  _globals['_GETSEQUENCERESPONSE']._serialized_end=1097
-  _globals['_TABLEENTRY']._serialized_start=1099
-  _globals['_TABLEENTRY']._serialized_end=1184
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1186
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=1209
-  _globals['_CHECKINTEGRITYRESPONSE']._serialized_start=1211
-  _globals['_CHECKINTEGRITYRESPONSE']._serialized_end=1271
-  _globals['_INSPECTIONSERVICE']._serialized_start=1274
-  _globals['_INSPECTIONSERVICE']._serialized_end=1656
+  _globals['_GETPOOLRESPONSE']._serialized_end=554
+  _globals['_LISTSEQUENCESREQUEST']._serialized_start=556
+  _globals['_LISTSEQUENCESREQUEST']._serialized_end=617
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=619
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=731
+  _globals['_SEQUENCE']._serialized_start=734
+  _globals['_SEQUENCE']._serialized_end=936
+  _globals['_GETSEQUENCEREQUEST']._serialized_start=938
+  _globals['_GETSEQUENCEREQUEST']._serialized_end=979
+  _globals['_GETSEQUENCERESPONSE']._serialized_start=982
+  _globals['_GETSEQUENCERESPONSE']._serialized_end=1116
+  _globals['_TABLEENTRY']._serialized_start=1118
+  _globals['_TABLEENTRY']._serialized_end=1203
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1205
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=1228
+  _globals['_CHECKINTEGRITYRESPONSE']._serialized_start=1230
+  _globals['_CHECKINTEGRITYRESPONSE']._serialized_end=1290
+  _globals['_INSPECTIONSERVICE']._serialized_start=1293
+  _globals['_INSPECTIONSERVICE']._serialized_end=1675
 # @@protoc_insertion_point(module_scope)

@@ -60,6 +60,7 @@ class GetPoolResponse(_message.Message):
     WRITER_GENERATION_FIELD_NUMBER: _builtins.int
     WRITER_ALIVE_FIELD_NUMBER: _builtins.int
     KNOWN_COSTS_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """Revision of the state, rises with every change; opaque."""
     pool_id: _builtins.str
@@ -96,6 +97,10 @@ class GetPoolResponse(_message.Message):
     """Generation of the compute service that may write; 0 when none ever attached."""
     writer_alive: _builtins.bool
     """True while that compute service is connected."""
+    placement: _builtins.str
+    """Who holds the pool's bytes: "shared_memory" (the memory service; they outlive the compute service) or "writer" (the
+    compute service; they end with it).
+    """
     @_builtins.property
     def known_costs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What this version is known to waste, in full sentences."""
@@ -122,10 +127,11 @@ class GetPoolResponse(_message.Message):
         writer_generation: _builtins.str = ...,
         writer_alive: _builtins.bool = ...,
         known_costs: _abc.Iterable[_builtins.str] | None = ...,
+        placement: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mib", b"block_mib", "block_size", b"block_size", "known_costs", b"known_costs", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_evictions", b"num_evictions", "num_free_blocks", b"num_free_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_sequences", b"num_sequences", "num_sessions", b"num_sessions", "num_shared_blocks", b"num_shared_blocks", "num_used_blocks", b"num_used_blocks", "pool_id", b"pool_id", "revision", b"revision", "size_mib", b"size_mib", "writer_alive", b"writer_alive", "writer_generation", b"writer_generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mib", b"block_mib", "block_size", b"block_size", "known_costs", b"known_costs", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_evictions", b"num_evictions", "num_free_blocks", b"num_free_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_sequences", b"num_sequences", "num_sessions", b"num_sessions", "num_shared_blocks", b"num_shared_blocks", "num_used_blocks", b"num_used_blocks", "placement", b"placement", "pool_id", b"pool_id", "revision", b"revision", "size_mib", b"size_mib", "writer_alive", b"writer_alive", "writer_generation", b"writer_generation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

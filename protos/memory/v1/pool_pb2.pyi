@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -18,6 +19,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _PoolPlacement:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PoolPlacementEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PoolPlacement.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POOL_PLACEMENT_UNSPECIFIED: _PoolPlacement.ValueType  # 0
+    """Not said; taken as POOL_PLACEMENT_SHARED_MEMORY."""
+    POOL_PLACEMENT_SHARED_MEMORY: _PoolPlacement.ValueType  # 1
+    """In shared memory that the memory service reserves; a ticket fetches its file descriptor. The bytes outlive the writer."""
+    POOL_PLACEMENT_WRITER: _PoolPlacement.ValueType  # 2
+    """In memory that the writer reserves itself, of its GPU for instance; a ticket fetches no descriptor, and the socket is
+    only the writer's sign of life. The bytes end with the writer, so that the next one always gets a new pool.
+    """
+
+class PoolPlacement(_PoolPlacement, metaclass=_PoolPlacementEnumTypeWrapper):
+    """PoolPlacement says where the bytes of a pool are."""
+
+POOL_PLACEMENT_UNSPECIFIED: PoolPlacement.ValueType  # 0
+"""Not said; taken as POOL_PLACEMENT_SHARED_MEMORY."""
+POOL_PLACEMENT_SHARED_MEMORY: PoolPlacement.ValueType  # 1
+"""In shared memory that the memory service reserves; a ticket fetches its file descriptor. The bytes outlive the writer."""
+POOL_PLACEMENT_WRITER: PoolPlacement.ValueType  # 2
+"""In memory that the writer reserves itself, of its GPU for instance; a ticket fetches no descriptor, and the socket is
+only the writer's sign of life. The bytes end with the writer, so that the next one always gets a new pool.
+"""
+Global___PoolPlacement: _TypeAlias = PoolPlacement  # noqa: Y015
+
 @_typing.final
 class AttachPoolRequest(_message.Message):
     """AttachPoolRequest names the pool."""
@@ -26,8 +55,11 @@ class AttachPoolRequest(_message.Message):
 
     IDENTITY_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     max_model_len: _builtins.int
     """Longest sequence that will be served, in tokens; the pool must hold one of them."""
+    placement: Global___PoolPlacement.ValueType
+    """Who reserves the pool's bytes. Absent: POOL_PLACEMENT_SHARED_MEMORY."""
     @_builtins.property
     def identity(self) -> Global___PoolIdentity:
         """What decides whether keys and values in a pool are usable."""
@@ -37,10 +69,11 @@ class AttachPoolRequest(_message.Message):
         *,
         identity: Global___PoolIdentity | None = ...,
         max_model_len: _builtins.int = ...,
+        placement: Global___PoolPlacement.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "max_model_len", b"max_model_len"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "max_model_len", b"max_model_len", "placement", b"placement"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -124,7 +157,7 @@ Global___KvLayer: _TypeAlias = KvLayer  # noqa: Y015
 
 @_typing.final
 class AttachPoolResponse(_message.Message):
-    """AttachPoolResponse tells where the bytes are. Layer by layer the pool holds keys
+    """AttachPoolResponse tells how the bytes are laid out and how to get at them. Layer by layer the pool holds keys
     `[num_blocks, block_size, num_kv_heads, k_head_dim]`, then values with v_head_dim, each array starting at a
     multiple of 4096 bytes.
     """

@@ -1,0 +1,27 @@
+"""`quire compute --device cuda` without a GPU: the same kernels, interpreted, and a pool in this process's own memory.
+
+Run as a program, with the flags of `quire compute`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from triton_interpreter import interpreted_operations
+
+import compute_service.__main__ as service
+from compute_service.device import ComputeDevice
+from kernels.launcher import Kernels
+
+
+def open_device(name: str) -> ComputeDevice:
+    """What the service gets in place of the GPU."""
+    assert name == "cuda"
+    kernels = Kernels(interpreted_operations())
+    return ComputeDevice(torch.device("cpu"), kernels, holds_pool=True)
+
+
+if __name__ == "__main__":
+    service.open_device = open_device
+    sys.exit(service.main())
