@@ -68,7 +68,8 @@ securityContext:
 - {name: HF_HUB_OFFLINE, value: "1"}
 {{- end }}
 
-{{/* Three probes of one gRPC port; takes (root, port, seconds to start). */}}
+{{/* Three probes of one gRPC port; takes (root, port, seconds to start). A container that does not answer has nothing to
+     drain: it gets ten seconds, instead of the Pod's grace period with the sleep of preStop in it. */}}
 {{- define "quire.probes" -}}
 {{- $port := index . 1 -}}
 startupProbe:
@@ -76,11 +77,13 @@ startupProbe:
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: {{ div (add (int64 (index . 2)) 1) 2 }}
+  terminationGracePeriodSeconds: 10
 livenessProbe:
   grpc: {port: {{ $port }}, service: liveness}
   periodSeconds: 10
   timeoutSeconds: 5
   failureThreshold: 6
+  terminationGracePeriodSeconds: 10
 readinessProbe:
   grpc: {port: {{ $port }}, service: readiness}
   periodSeconds: 5
