@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from compute_service.philox import uniform
@@ -12,7 +13,6 @@ from compute_service.philox import uniform
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -80,22 +80,25 @@ def _adjusted(raw: Tensor, row: SampleRow) -> Tensor:
     sampling, logits = row.sampling, raw
     if sampling.logit_bias:
         token_ids, values = zip(*sampling.logit_bias, strict=True)
-        logits = logits.index_add(0, torch.tensor(token_ids), torch.tensor(values))
+        where = torch.tensor(token_ids, device=raw.device)
+        logits = logits.index_add(0, where, torch.tensor(values, device=raw.device))
     if row.num_output_tokens < sampling.min_tokens:
-        logits = logits.index_fill(0, torch.tensor(sampling.suppressed_token_ids), -torch.inf)
+        suppressed = torch.tensor(sampling.suppressed_token_ids, device=raw.device)
+        logits = logits.index_fill(0, suppressed, -torch.inf)
     return _penalized(logits, row)
 
 
 def _penalized(logits: Tensor, row: SampleRow) -> Tensor:
     sampling = row.sampling
-    output = torch.from_numpy(row.output_token_ids)
     if sampling.repetition_penalty != 1:
-        seen = torch.unique(torch.cat([torch.from_numpy(row.prompt_token_ids), output]))
-        found = logits[seen]
+        known = np.unique(np.concatenate([row.prompt_token_ids, row.output_token_ids]))
+        seen = torch.from_numpy(known).to(logits.device)
+        found = logits.index_select(0, seen)
         factor = sampling.repetition_penalty
         logits = logits.index_copy(0, seen, torch.where(found > 0, found / factor, found * factor))
     if sampling.frequency_penalty or sampling.presence_penalty:
-        counts = torch.bincount(output, minlength=len(logits)).float()
+        numbers = np.bincount(row.output_token_ids, minlength=len(logits))
+        counts = torch.from_numpy(numbers).to(logits.device).float()
         logits = logits - sampling.frequency_penalty * counts
         logits -= sampling.presence_penalty * (counts > 0)
     return logits

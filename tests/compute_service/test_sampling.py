@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from compute_service.philox import philox_4x32, uniform
-from compute_service.sampling import RowSampling, SampledToken, SampleRow, sample
+from compute_service.sampling import RowSampling, SampledToken, SampleRow, _adjusted, sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,3 +212,20 @@ def test_a_logit_that_is_no_number_fails(logits: Tensor) -> None:
     broken = torch.stack([logits, logits.clone().fill_(float("nan"))])
     with pytest.raises(ValueError, match="first in output 1"):
         list(sample(broken, [row()]))
+
+
+def test_settings_are_applied_where_the_logits_are() -> None:
+    """On a GPU (here one without memory, which checks devices only) no setting brings a tensor of the CPU into play."""
+    sampling = replace(
+        NEUTRAL,
+        repetition_penalty=1.2,
+        frequency_penalty=0.5,
+        presence_penalty=0.5,
+        logit_bias=((3, 1.0),),
+        min_tokens=5,
+        suppressed_token_ids=(1, 2),
+    )
+    row = SampleRow(0, sampling, 5, np.array([1, 2, 3]), np.array([4, 5]), 2)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits = torch.empty(VOCAB_SIZE, device="cuda")
+        assert _adjusted(logits, row).device == logits.device
