@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -53,9 +53,15 @@ def assert_pool_is_idle(quire: Quire) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port; those 10 to 12 above it, which `quire up` takes for metrics, are free too."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        with suppress(OSError, OverflowError), ExitStack() as held:
+            for offset in (0, 10, 11, 12):
+                held.enter_context(socket.create_server(("127.0.0.1", port + offset)))
+            return port
 
 
 @contextmanager
