@@ -228,6 +228,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def _check_end(self, request: Request) -> None:
         sink = sink_of(request)
         assert sorted(sink.finishes) == list(range(request.num_samples))
+        assert request.finish_reason is max(finish.reason for finish in sink.finishes.values())
         is_poisoned = POISON in request.prompt_token_ids
         for sample_index, finish in sink.finishes.items():
             expected = expected_tokens(request, sample_index)
