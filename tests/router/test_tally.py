@@ -44,7 +44,7 @@ def make_request(num_samples: int = 1) -> Request:
     )
 
 
-@pytest.mark.parametrize("reasons", permutations(FinishReason, 2))
+@pytest.mark.parametrize("reasons", list(permutations(FinishReason, 2)))
 def test_a_request_ended_for_its_gravest_reason(reasons: tuple[FinishReason, ...]) -> None:
     """ERROR before CANCELLED before LENGTH before STOP, in whatever order the samples ended."""
     gravest_first = [
