@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,15 @@ VERSIONS = ("1.34", kubernetes_validate.latest_version())
 # Custom resources: their schemas are not part of Kubernetes.
 CUSTOM = {("monitoring.coreos.com/v1", "PodMonitor")}
 
+# The library reads half a megabyte of JSON for every object that it looks at.
+kubernetes_validate.utils.schema_contents = functools.cache(
+    kubernetes_validate.utils.schema_contents
+)
+
 Object = dict[str, Any]
 
 
-class StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.CSafeLoader):
     """Refuses a key that stands twice, as the API server does."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT002 -- as the base class
