@@ -62,7 +62,8 @@ class _PoolSettings(BaseSettings):
     """The KV pool."""
 
     memory_budget: ByteSize = Field(
-        DEFAULT_MEMORY_BUDGET, description="size of the KV pool, e.g. 512MiB; on a GPU, of its memory"
+        DEFAULT_MEMORY_BUDGET,
+        description="size of the KV pool, e.g. 512MiB; on a GPU, of its memory",
     )
     state_dir: Path | None = Field(
         None, description="folder on tmpfs for the pool's file; without it the pool leaves nothing"
