@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
-EXAMPLES = int(os.environ.get("QUIRE_TEST_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("QUIRE_TEST_EXAMPLES", "30"))
 ERROR = 3
 PVC = {"source": "pvc", "claimName": "models"}
 INFO_ALLOWED = {"icon is recommended"}
