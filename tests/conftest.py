@@ -24,6 +24,6 @@ def quire() -> Iterator[Quire]:
 
 
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Evidence]:
-    """What a system that served requests of every kind told; it still runs."""
-    yield from run_mixed_load(tmp_path_factory.mktemp("loaded"))
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
+    """What a system that served requests of every kind told, until its end."""
+    return run_mixed_load(tmp_path_factory.mktemp("loaded"))

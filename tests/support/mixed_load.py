@@ -26,7 +26,7 @@ from protos.router.v1 import router_pb2 as pb
 from quire.rpc_status import from_rpc_error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from processes import Quire
@@ -149,8 +149,8 @@ class Load:
         return str(from_rpc_error(caught.value).reason)
 
 
-def run_mixed_load(folder: Path) -> Iterator[Evidence]:
-    """The system stays up until the generator goes on."""
+def run_mixed_load(folder: Path) -> Evidence:
+    """Start a system, load it, end it; its log is whole then, the stop included."""
     evidence = Evidence(folder / "log")
     with running_quire(_poisoned_model(folder / "model"), *FLAGS, log=evidence.log_file) as quire:
         evidence.addresses = quire.addresses
@@ -168,7 +168,7 @@ def run_mixed_load(folder: Path) -> Iterator[Evidence]:
         assert_pool_is_idle(quire)
         evidence.scrapes.append(scrape_all(quire.addresses))
         evidence.pool = quire.inspection.GetPool(inspection_pb2.GetPoolRequest())
-        yield evidence
+    return evidence
 
 
 def _scrape_until(

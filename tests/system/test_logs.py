@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 def test_every_line_is_a_record(loaded: Evidence) -> None:
-    """Each line of three processes parses, and says what happened, when, how grave and where."""
+    """Each line of three processes, from start to stop, parses and says what happened, when, how grave and where."""
     records = loaded.log()
+    assert {"session_ended", "writer_gone"} <= {record["event"] for record in records}
     assert {record["service"] for record in records} == {"memory", "compute", "router"}
     for record in records:
         assert {"event", "level", "timestamp", "service"} <= set(record)
