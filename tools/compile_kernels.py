@@ -13,8 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, get_args
 
@@ -28,10 +30,10 @@ from triton.compiler import ASTSource
 from kernels.triton_cache import copy_words, store_slots
 from kernels.triton_decode import decode_parts, join_parts
 from kernels.triton_prefill import prefill
-from kernels.triton_tiling import Dims, Target, decode_tiling, padded, prefill_tiling
+from kernels.triton_tiling import Dims, Target, Tiling, decode_tiling, padded, prefill_tiling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 GPU_TARGETS: Final = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,6 +44,9 @@ GPU_TARGETS: Final = {
 SHARED_BYTES: Final = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 WIDE_LOAD_BYTES: Final = 16
 _ELEMENT_BYTES: Final = {"fp32": 4, "bf16": 2, "fp16": 2}
+KERNELS: Final[dict[str, Any]] = {
+    found.__name__: found for found in (decode_parts, join_parts, prefill, store_slots, copy_words)
+}
 _CUOBJDUMP: Final = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
@@ -92,7 +97,7 @@ MORE_SHAPES: Final = (
 class Variant:
     """A kernel with everything that it is compiled with."""
 
-    kernel: Any
+    kernel: str  # key of KERNELS
     shape: Shape
     pointers: dict[str, str]  # element types of pointer arguments
     constants: dict[str, int | bool]
@@ -101,7 +106,7 @@ class Variant:
     @property
     def reads_cache(self) -> bool:
         """Whether it is attention, whose loads and products are looked at."""
-        return self.kernel in {decode_parts, prefill}
+        return self.kernel in {"decode_parts", "prefill"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,20 +138,20 @@ class Outcome:
 def variants(target: Target, shapes: tuple[Shape, ...]) -> Iterator[Variant]:
     """Every kernel in every shape that concerns it."""
     for shape in shapes:
-        for kernel, tiling_of in ((decode_parts, decode_tiling), (prefill, prefill_tiling)):
+        for kernel, tiling_of in (("decode_parts", decode_tiling), ("prefill", prefill_tiling)):
             yield _attention(target, shape, kernel, tiling_of)
     plain = shapes[0]
     for is_fp8 in (False, True):
         yield _store(Shape(is_fp8=is_fp8))
     yield Variant(
-        copy_words,
+        "copy_words",
         plain,
         dict.fromkeys(("bases", "block_words", "copies"), "i64"),
         {"TILE_WORDS": 1024},
         {},
     )
     yield Variant(
-        join_parts,
+        "join_parts",
         plain,
         {"parts": "fp32", "part_logs": "fp32", "out": plain.dtype},
         {"V_DIM": plain.v_dim, "V_PAD": padded(plain.v_dim), "TILE_PARTS": 16},
@@ -154,7 +159,9 @@ def variants(target: Target, shapes: tuple[Shape, ...]) -> Iterator[Variant]:
     )
 
 
-def _attention(target: Target, shape: Shape, kernel: Any, tiling_of: Any) -> Variant:  # noqa: ANN401 -- Triton's functions have no types
+def _attention(
+    target: Target, shape: Shape, kernel: str, tiling_of: Callable[[Target, Dims], Tiling]
+) -> Variant:
     element = _ELEMENT_BYTES[shape.dtype]
     dims = Dims(shape.k_dim, shape.v_dim, shape.group, element, 1 if shape.is_fp8 else element)
     tiling = tiling_of(target, dims)
@@ -187,7 +194,7 @@ def _store(shape: Shape) -> Variant:
     pointers |= dict.fromkeys(("key_cache", "value_cache"), cache)
     pointers |= dict.fromkeys(("key_scales", "value_scales"), "fp32") | {"slot_mapping": "i64"}
     constants = {**_dims(shape), "TILE_HEADS": 8, "HAS_SCALES": shape.is_fp8}
-    return Variant(store_slots, shape, pointers, constants, {})
+    return Variant("store_slots", shape, pointers, constants, {})
 
 
 def _dims(shape: Shape) -> dict[str, int | bool]:
@@ -201,8 +208,9 @@ def _dims(shape: Shape) -> dict[str, int | bool]:
 
 def compile_variant(variant: Variant, target: Target) -> Outcome:
     """Compile as a launch would: pointers and strides are multiples of 16, other numbers are anything."""
+    kernel = KERNELS[variant.kernel]
     signature, attributes = {}, {}
-    for index, parameter in enumerate(variant.kernel.params):
+    for index, parameter in enumerate(kernel.params):
         name = parameter.name
         if name in variant.constants:
             signature[name] = "constexpr"
@@ -211,7 +219,7 @@ def compile_variant(variant: Variant, target: Target) -> Outcome:
         signature[name] = f"*{pointed}" if pointed else _scalar_type(name)
         if (pointed or name.endswith("_stride")) and not parameter.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(variant.kernel, signature, variant.constants, attributes)
+    source = ASTSource(kernel, signature, variant.constants, attributes)
     options = {**variant.options, "enable_fp_fusion": True}
     compiled: Any = triton.compile(source, target=GPU_TARGETS[target], options=options)
     read = _read_amd if target == "gfx942" else _read_nvidia
@@ -279,7 +287,7 @@ def _table(outcomes: list[Outcome]) -> Table:
     for found in outcomes:
         instructions = found.tensor_instructions
         table.add_row(
-            found.variant.kernel.__name__,
+            found.variant.kernel,
             str(found.variant.shape),
             found.target,
             str(found.num_registers),
@@ -306,16 +314,17 @@ def main() -> int:
         for variant in variants(target, shapes)
     ]
     console = Console(width=None if sys.stdout.isatty() else 160)
-    outcomes = [
-        compile_variant(variant, target)
-        for variant, target in track(
-            work, "compiling", console=Console(stderr=True), transient=True
+    # Compilers run on one core each.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        compiled = pool.map(compile_variant, *zip(*work, strict=True))
+        errors = Console(stderr=True)
+        outcomes = list(
+            track(compiled, "compiling", total=len(work), console=errors, transient=True)
         )
-    ]
     console.print(_table(outcomes))
     console.print(f"triton {triton.__version__}, {len(outcomes)} compilations")
     complaints = [
-        f"{found.variant.kernel.__name__} {found.variant.shape} on {found.target} {complaint}"
+        f"{found.variant.kernel} {found.variant.shape} on {found.target} {complaint}"
         for found in outcomes
         for complaint in found.complaints()
     ]
