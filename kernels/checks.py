@@ -33,6 +33,8 @@ def check_attention(
         _fail(f"{num_heads} query heads are not a multiple of {num_kv_heads} kv heads")
     if key_cache.dtype not in (query.dtype, FP8):
         _fail(f"dtypes differ: queries {query.dtype}, caches {key_cache.dtype}")
+    if params.scale <= 0 or params.soft_cap < 0 or params.sliding_window < 0:
+        _fail(f"a scale above 0, a cap and a window of at least 0 are needed, not {params}")
     if batch.slot_mapping.shape != (num_tokens,):
         _fail(f"{num_tokens} tokens, but slots {tuple(batch.slot_mapping.shape)}")
     if sinks is not None and sinks.shape != (num_heads,):

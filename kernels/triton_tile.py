@@ -98,15 +98,18 @@ def attend_tile(
     key_rows = key_head + block * key_block_stride + slot * key_slot_stride
     value_rows = value_head + block * value_block_stride + slot * value_slot_stride
     key = widen(load_rows(key_rows, is_key, K_DIM, K_PAD, MASKED), query.dtype)
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+    # To base 2, above zero: it meets the score in one multiply-add with the highest one, behind the maximum.
+    factor = scale
     if HAS_CAP:
-        scores = cap(scores, soft_cap) * LOG2_E
+        scores = cap(scores * scale, soft_cap)
+        factor = LOG2_E
     if MASKED:
         seen = (keys[None, :] <= position[:, None]) & (keys[None, :] > position[:, None] - window)
         scores = tl.where(seen & is_key[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.maximum(top, tl.max(scores, 1) * factor)
     fade = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
+    weights = tl.exp2(scores * factor - new_top[:, None])
     weight_sum = weight_sum * fade + tl.sum(weights, 1)
     value = widen(load_rows(value_rows, is_key, V_DIM, V_PAD, MASKED), query.dtype)
     total = tl.dot(weights.to(query.dtype), value, total * fade[:, None], input_precision="ieee")

@@ -155,6 +155,7 @@ SCALES = KvScales(torch.ones(2), torch.ones(2))
         ((2, 8), (3, 2, 8), (3, 2, 8), {}, "block_size 3 is not a power of two"),
         ((2, 8), (4, 2, 8), (4, 2, 8), {"sinks": torch.ones(3)}, "2 query heads, but sinks"),
         ((2, 8), (4, 2, 8), (4, 2, 8), {"kv_scales": SCALES}, "an fp8 cache, and only that"),
+        ((2, 8), (4, 2, 8), (4, 2, 8), {"scale": -1.0}, "a scale above 0"),
         ((2, 8), (4, 2, 8, FP8), (4, 2, 8, FP8), {}, "an fp8 cache, and only that"),
         ((2, 8), (4, 2, 8, torch.float16), (4, 2, 8, torch.float16), {}, "dtypes differ"),
         ((2, 8), (4, 2, 8), (4, 2, 8, torch.float16), {}, "dtypes differ: keys"),
@@ -175,7 +176,7 @@ def test_what_does_not_fit_is_refused_in_words(
     def cache(size: int, heads: int, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(1, size, heads, dim).to(dtype)
 
-    params = AttentionParams(scale=1.0, **options)
+    params = AttentionParams(**{"scale": 1.0, **options})
     with pytest.raises(ValueError, match=message):
         KERNELS.paged_attention(
             torch.zeros(1, *query), cache(*key_cache), cache(*value_cache), ONE_TOKEN, params
