@@ -19,6 +19,7 @@ from compute_service.device import ComputeDevice, open_device
 from compute_service.engine import Engine
 from compute_service.forward import ForwardPass
 from compute_service.kv_pool import KvPool, open_pool
+from compute_service.memory_watch import MemoryWatch
 from compute_service.metrics import EngineTally
 from compute_service.model_loader import LoadedModel, load_model
 from compute_service.refusal import ModelRefused
@@ -51,16 +52,15 @@ def main() -> int:
     _at_stop(_raise_stopped)
     end_with_parent(settings.parent_pid)
     try:
-        _serve(settings)
+        return _serve(settings)
     except _StoppedWhileLoading:
         return 0
     except (StartupError, QuireError, ModelRefused, DescriptorRefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
-def _serve(settings: ComputeSettings) -> None:
+def _serve(settings: ComputeSettings) -> int:
     tally, metrics = EngineTally(), MetricsEndpoint("compute")
     metrics.add(tally)
     servicer = ComputeServicer(tally)
@@ -72,8 +72,14 @@ def _serve(settings: ComputeSettings) -> None:
         _at_stop(lambda _number, _frame: engine.stop())
         server.set_serving(serving=True)
         _logger.info("serving", addresses=server.addresses, metrics=metrics.address)
+        watch = MemoryWatch(pool.descriptor.lifeline, engine.stop)
         engine.run()
+        if watch.is_gone:
+            # Whoever starts both again gets a new pool; to go on would be to write into one that nobody keeps books of.
+            _logger.warning("memory_service_gone", consequence="the pool is lost, this ends too")
+            return 1
         pool.close()
+        return 0
     finally:
         metrics.stop()
         server.stop()

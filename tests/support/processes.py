@@ -98,12 +98,17 @@ def _running_quire(model: Path, flags: tuple[str, ...], stderr: TextIO | None) -
     assert status == 0
 
 
+def start_service(name: str, *flags: str) -> subprocess.Popen[str]:
+    """`quire memory`, `quire compute` or `quire router` alone."""
+    # Off: two of the same name would want the same port for their metrics.
+    quiet = ("--log-level", "error", "--metrics-listen", "off")
+    return subprocess.Popen([QUIRE, name, *quiet, *flags], text=True)
+
+
 @contextmanager
 def running_service(name: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
     """`quire memory`, `quire compute` or `quire router` alone, told to stop at the end."""
-    # Off: two of the same name would want the same port for their metrics.
-    quiet = ("--log-level", "error", "--metrics-listen", "off")
-    process = subprocess.Popen([QUIRE, name, *quiet, *flags], text=True)
+    process = start_service(name, *flags)
     try:
         yield process
     finally:

@@ -9,9 +9,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import grpc
 import psutil
 import pytest
-from processes import QUIRE, Quire, assert_pool_is_idle, children_of, running_quire
+from processes import (
+    QUIRE,
+    Quire,
+    assert_pool_is_idle,
+    children_of,
+    running_quire,
+    running_service,
+    start_service,
+    wait_until_serving,
+)
 
 from quire import demo_model
 from quire.client import Client, QuireError
@@ -127,3 +137,30 @@ def test_a_stop_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     assert not any(child.is_running() for child in children)
     folder = Path(addresses["memory"].removeprefix("unix:")).parent
     assert not folder.exists()
+
+
+def test_memory_and_compute_may_be_replaced_under_a_router(tmp_path: Path) -> None:
+    """After kill -9 of an unsupervised memory service compute ends too; both started again, requests end the same."""
+    memory, compute, router = (f"unix:{tmp_path}/{name}" for name in ("m", "c", "r"))
+    memory_flags = ("--listen", memory, "--descriptor-socket", f"{tmp_path}/d")
+    compute_flags = ("--listen", compute, "--memory-address", memory, "--dtype", "float32")
+    router_flags = ("--listen", router, "--memory-address", memory, "--compute-address", compute)
+    with (
+        running_service("router", *router_flags),
+        Client(router) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first_memory, first_compute = (
+            start_service("memory", *memory_flags),
+            start_service("compute", *compute_flags),
+        )
+        with grpc.insecure_channel(router) as channel:
+            wait_until_serving(channel)
+        expected = complete_all(client)
+        running = pool.submit(complete_all, client)
+        time.sleep(0.3)
+        assert not running.done()
+        first_memory.kill()
+        assert (first_memory.wait(10), first_compute.wait(30)) == (-signal.SIGKILL, 1)
+        with running_service("memory", *memory_flags), running_service("compute", *compute_flags):
+            assert running.result(timeout=90) == expected
