@@ -9,7 +9,7 @@ NODE_STAMP := node_modules/.stamp
 # Compiled kernels are kept between runs and shared among test processes.
 export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 
-.PHONY: help setup check format stubs chart lint-chart dockerfile dockerfile-all demo test test-fast test-long clean
+.PHONY: help setup check format stubs kernels chart lint-chart dockerfile dockerfile-all demo test test-fast test-long clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -43,10 +43,16 @@ format: $(STAMP) ## format and fix what can be fixed
 stubs: $(STAMP) ## generate the stubs from the protos
 	$(BIN)/python tools/generate_stubs.py
 
+kernels: $(STAMP) ## compile every Triton kernel for three GPUs, none needed; some minutes
+	$(BIN)/python tools/compile_kernels.py --all
+
 chart: $(STAMP) ## render k8s/rendered from the chart
 	$(BIN)/python tools/render_chart.py
 
-lint-chart: $(STAMP) ## lint manifests and Dockerfile for security (a minute the first time, then ten seconds)
+lint-kernels: $(STAMP) ## compile every Triton kernel for three GPUs, none needed; some minutes
+	$(BIN)/python tools/compile_kernels.py --all
+
+chart: $(STAMP) ## lint manifests and Dockerfile for security (a minute the first time, then ten seconds)
 	$(BIN)/python tools/lint_manifests.py
 
 dockerfile: $(STAMP) ## perform the Dockerfile's steps for memory and router, and serve (a minute)

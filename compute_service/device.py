@@ -16,9 +16,7 @@ class ComputeDevice:
 
     torch_device: torch.device
     kernels: Kernels
-    holds_pool: (
-        bool  # the pool is allocated here, in the device's memory, not by the memory service
-    )
+    holds_pool: bool  # in the device's memory, not in that of the memory service
 
 
 def open_device(name: str) -> ComputeDevice:

@@ -149,10 +149,12 @@ class Engine:
             self._kernels.copy_blocks(self._caches, group)
 
     def _fail(self, step: Step, error: Exception) -> StepFailed:
+        # The record `session_opened` of this generation names the session.
+        where = {"generation": step.generation, "step": step.number}
         if isinstance(error, StepError | ValueError):
-            _logger.warning("step_failed", step=step.number, reason=str(error))
+            _logger.warning("step_failed", **where, reason=str(error))
         else:
-            _logger.error("step_failed", step=step.number, exc_info=error)
+            _logger.error("step_failed", **where, exc_info=error)
         self._epoch = _new_epoch()
         self._is_fresh = True
         self._rows.clear()

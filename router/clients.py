@@ -66,6 +66,8 @@ def open_channel(address: str) -> grpc.aio.Channel:
             # A service that restarts is looked for again at once, not after gRPC's two minutes.
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 1_000),
+            # A Pod that is replaced has another address under the same name.
+            ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         ),
     )
 
