@@ -31,9 +31,8 @@ _TILE_ELEMENTS: Final = 2048
 _TILE_WORDS: Final = 1024
 _TILE_PARTS: Final = 16
 _WORD_PAIR_BYTES: Final = 16
-IS_INTERPRETED: Final = bool(
-    knobs.runtime.interpret
-)  # decided when kernels are defined, like theirs
+# Read when the kernels are defined: that is when Triton decides it for each.
+IS_INTERPRETED: Final = bool(knobs.runtime.interpret)
 # Cache bits are shifted into a float16 whose exponent is 8 too small.
 _BITS_FACTOR: Final = 256.0
 

@@ -10,6 +10,7 @@ Target = Literal["sm_80", "sm_90", "gfx942"]
 MIN_DOT: Final = 16  # least rows and depth of a product on the tensor cores
 _WIDE_DIM: Final = 128
 _FLOAT32_BYTES: Final = 4
+_MANY_ROWS: Final = 64
 _TILE_BYTES: Final = (
     32 << 10
 )  # of keys and values: two or three such tiles a program hide the memory's latency
@@ -55,14 +56,19 @@ def _floor_power(count: int) -> int:
 
 
 def decode_tiling(target: Target, dims: Dims) -> Tiling:
-    """For `kernels.triton_decode`."""
+    """For `kernels.triton_decode`; as `prefill_tiling`, the largest tiles that no compiler spills."""
     row_bytes = (padded(dims.k_dim) + padded(dims.v_dim)) * dims.element_size
     # float32 is computed without tensor cores, from many registers.
-    tile_bytes = _TILE_BYTES if dims.element_size < _FLOAT32_BYTES else _TILE_BYTES // 2
+    is_float32 = dims.element_size >= _FLOAT32_BYTES
+    tile_bytes = _TILE_BYTES // 2 if is_float32 else _TILE_BYTES
     tile_keys = min(64, max(MIN_DOT, _floor_power(tile_bytes // row_bytes)))
+    rows = padded(dims.group)
+    has_many_rows = rows >= _MANY_ROWS
     # Tiles of fp8 are half as large: one more is in flight.
     stages = 2 if target == "gfx942" else (4 if dims.cache_element_size == 1 else 3)
-    return Tiling(padded(dims.group), tile_keys, num_warps=4, num_stages=stages)
+    if is_float32 and has_many_rows:
+        stages = 1
+    return Tiling(rows, tile_keys, num_warps=8 if has_many_rows else 4, num_stages=stages)
 
 
 def prefill_tiling(target: Target, dims: Dims) -> Tiling:

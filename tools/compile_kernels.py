@@ -90,6 +90,12 @@ MORE_SHAPES: Final = (
     Shape(k_dim=256, v_dim=256, group=4),
     Shape(k_dim=256, v_dim=256, group=8, is_fp8=True),
     Shape(group=5, has_cap=True),
+    # One kv head for all.
+    Shape(k_dim=64, v_dim=64, group=71),
+    Shape(group=48),
+    Shape("fp32", group=48),
+    Shape(k_dim=256, v_dim=256, group=32),
+    Shape(k_dim=192, v_dim=128, group=128),
 )
 
 
