@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
-EXAMPLES = int(os.environ.get("QUIRE_TEST_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("QUIRE_TEST_EXAMPLES", "15"))
 ERROR = 3
 PVC = {"source": "pvc", "claimName": "models"}
 INFO_ALLOWED = {"icon is recommended"}
@@ -122,6 +122,7 @@ def coherent(values: Object) -> Object:
 )
 @given(SchemaValues(SCHEMA).values().map(coherent))
 @example(coherent({"profile": "dra", "gpu": {"selectors": ['device.attributes["a"].b == "c\'d"']}}))
+@example(coherent({"router": {"podAnnotations": {"0": "="}}}))
 @example(coherent({"pool": {"sizeMiB": 16777216}, "compute": {"memoryMiB": 16777216}}))
 @example(coherent({"metrics": {"podMonitor": {"enabled": True}, "dashboard": {"enabled": True}}}))
 def test_random_values(monkeypatch: pytest.MonkeyPatch, values: Object) -> None:

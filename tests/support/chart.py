@@ -38,6 +38,10 @@ class StrictLoader(yaml.CSafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# YAML 1.1 has a type of its own for a bare `=`; Kubernetes reads it as the text that it is.
+StrictLoader.add_constructor("tag:yaml.org,2002:value", StrictLoader.construct_yaml_str)
+
+
 def parse(text: str) -> list[Object]:
     """The objects of a YAML stream."""
     return [found for found in yaml.load_all(text, StrictLoader) if found]
