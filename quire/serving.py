@@ -255,8 +255,8 @@ def _last_line(error: Exception) -> str:
 class HealthReporter:
     """`grpc.health.v1` for Kubernetes probes and load balancers, with reflection beside it.
 
-    "startup" and "liveness" answer SERVING as soon as the server runs; "", "readiness" and every service of ours only
-    while `set_serving(True)` holds.
+    "liveness" answers SERVING as soon as the server runs, "startup" from `set_started` or the first `set_serving(True)`
+    on; "", "readiness" and every service of ours only while `set_serving(True)` holds.
     """
 
     def __init__(self) -> None:
@@ -271,14 +271,21 @@ class HealthReporter:
         reflection.enable_server_reflection(
             (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
         )
-        for name in ("startup", "liveness"):
-            await self._servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+        answers = health_pb2.HealthCheckResponse
+        await self._servicer.set("startup", answers.NOT_SERVING)
+        await self._servicer.set("liveness", answers.SERVING)
         await self.set_serving(serving=False)
+
+    async def set_started(self) -> None:
+        """Say that all is done that this process could do by itself; from now on a restart helps nobody who waits."""
+        await self._servicer.set("startup", health_pb2.HealthCheckResponse.SERVING)
 
     async def set_serving(self, *, serving: bool) -> None:
         """Say whether calls are welcome."""
         answers = health_pb2.HealthCheckResponse
         status = answers.SERVING if serving else answers.NOT_SERVING
+        if serving:
+            await self.set_started()
         for name in self._services:
             await self._servicer.set(name, status)
 

@@ -64,14 +64,18 @@ async def _serve_node(
     metrics: MetricsEndpoint,
     stop: asyncio.Event,
 ) -> None:
+    servicer, reporter = RouterServicer(), serving.HealthReporter()
+    router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
+    await reporter.add_to(server, [_SERVICE])
+    # It answers before there is an engine: that it waits for one is no reason to start it again.
+    await server.start()
+    await reporter.set_started()
     node = await _connect_or_stop(settings, stop)
     if node is None:
+        await server.stop(grace=None)
         return
     _add_metrics(metrics, node, settings)
-    reporter = serving.HealthReporter()
-    router_pb2_grpc.add_RouterServiceServicer_to_server(RouterServicer(node), server)
-    await reporter.add_to(server, [_SERVICE])
-    await server.start()
+    servicer.serve(node)
     steps = asyncio.create_task(node.run())
     steps.add_done_callback(lambda _: stop.set())
     await reporter.set_serving(serving=True)

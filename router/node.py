@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,23 @@ if TYPE_CHECKING:
 
 _CONNECT_WAIT_S = 0.1
 _DRAIN_POLL_S = 0.02
+_TELL_EVERY_S = 5.0
 
 _logger = structlog.get_logger()
+
+
+class _Waiting:
+    """Says why there is no engine yet, now and then: an operator should not need a debugger for that."""
+
+    def __init__(self) -> None:
+        self._started = self._told = time.monotonic()
+
+    def tell(self, reason: str) -> None:
+        """Log `reason`, unless that was done a moment ago."""
+        now = time.monotonic()
+        if now - self._told >= _TELL_EVERY_S:
+            self._told = now
+            _logger.info("waiting_for_engine", reason=reason, seconds=round(now - self._started))
 
 
 class Node:
@@ -62,13 +78,14 @@ class Node:
             settings.memory_address, f"router-{secrets.token_hex(4)}", settings.max_num_seqs
         )
         compute = ComputeClient(settings.compute_address)
+        waiting = _Waiting()
         while True:
             try:
                 model = await compute.get_model()
                 terms = await memory.open_session(model)
                 await compute.open_steps(memory.session_id, terms.generation, model.pool_id)
             except (QuireError, StreamLost) as error:
-                _logger.debug("not_connected_yet", reason=str(error))
+                waiting.tell(str(error))
                 await asyncio.sleep(_CONNECT_WAIT_S)
             else:
                 return cls(settings, memory, compute, model, terms, Tally())

@@ -35,8 +35,19 @@ _LOGIT_BIAS = "logit_bias"
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Implements `quire.router.v1.RouterService`; that file holds the contract."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self) -> None:
+        self._connected: Node | None = None
+
+    def serve(self, node: Node) -> None:
+        """From now on calls are answered; before, they end with NOT_READY."""
+        self._connected = node
+
+    @property
+    def _node(self) -> Node:
+        if self._connected is None:
+            reason = "the router waits for the memory service and the compute service"
+            raise NotReady(reason, retry_after_s=1.0)
+        return self._connected
 
     async def Generate(
         self,

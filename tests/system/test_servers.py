@@ -8,9 +8,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from processes import children_of
+from processes import children_of, running_service
+
+from quire.client import Client
+from quire.errors import NotReady
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from processes import Quire
 
 SERVICES = {
@@ -53,3 +58,44 @@ def test_only_compute_holds_torch(quire: Quire) -> None:
         for name, process in children_of(quire).items()
     }
     assert mapped == {"memory_service": False, "router": False, "compute_service": True}
+
+
+def probes(channel: grpc.Channel) -> dict[str, str]:
+    """What each probe of Kubernetes is answered."""
+    stub = health_pb2_grpc.HealthStub(channel)
+    found = {}
+    for name in ("startup", "liveness", "readiness"):
+        request = health_pb2.HealthCheckRequest(service=name)
+        answer = stub.Check(request, timeout=30, wait_for_ready=True)
+        found[name] = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+    return found
+
+
+def test_a_router_without_an_engine_is_alive_but_not_ready(tmp_path: Path) -> None:
+    """It answers probes and reflection, and tells callers in words; a restart would not bring the engine nearer."""
+    router = f"unix:{tmp_path}/r"
+    nowhere = ("--memory-address", f"unix:{tmp_path}/m", "--compute-address", f"unix:{tmp_path}/c")
+    with running_service("router", "--listen", router, *nowhere):
+        with grpc.insecure_channel(router) as channel:
+            assert probes(channel) == {
+                "startup": "SERVING",
+                "liveness": "SERVING",
+                "readiness": "NOT_SERVING",
+            }
+        with Client(router) as client, pytest.raises(NotReady, match="waits for the memory"):
+            client.complete([5], max_tokens=1)
+
+
+def test_compute_has_started_once_its_model_serves(tmp_path: Path) -> None:
+    """While it loads, or waits for a memory service, it is alive and has not started: a load that hangs shows."""
+    compute = f"unix:{tmp_path}/c"
+    nowhere = ("--memory-address", f"unix:{tmp_path}/m")
+    with (
+        running_service("compute", "--listen", compute, *nowhere),
+        grpc.insecure_channel(compute) as channel,
+    ):
+        assert probes(channel) == {
+            "startup": "NOT_SERVING",
+            "liveness": "SERVING",
+            "readiness": "NOT_SERVING",
+        }
