@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 
-from chart import CHART, render
+from chart import CHART, Object, render
 
 
 def test_a_model_on_a_claim() -> None:
@@ -71,6 +72,26 @@ def test_dra_gives_one_claim_to_both_containers() -> None:
     assert claim["resourceClaimTemplateName"] == template["metadata"]["name"]
     for name in ("memory", "compute"):
         assert rendering.container(name).spec["resources"]["claims"] == [{"name": claim["name"]}]
+
+
+def test_another_claim_is_another_object() -> None:
+    """The spec of a claim template is immutable, so its name follows from it; what is not in it leaves the name alone."""
+
+    def name_with(values: Object) -> str:
+        rendering = render({"profile": "dra", **values})
+        (claim,) = rendering.container("compute").pod["spec"]["resourceClaims"]
+        (template,) = rendering.of_kind("ResourceClaimTemplate")
+        assert claim["resourceClaimTemplateName"] == template["metadata"]["name"]
+        return str(template["metadata"]["name"])
+
+    first = name_with({})
+    assert re.fullmatch("quire-gpu-[0-9a-f]{8}", first)
+    assert name_with({"pool": {"sizeMiB": 64}}) == first
+    others = {
+        name_with({"gpu": {"deviceClassName": "mig.nvidia.com"}}),
+        name_with({"gpu": {"selectors": ["true"]}}),
+    }
+    assert len(others - {first}) == 2
 
 
 def test_memory_is_a_native_sidecar() -> None:
