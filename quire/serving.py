@@ -1,4 +1,4 @@
-"""What every gRPC server of Quire shares: errors, addresses, health, reflection, clean ends."""
+"""What every gRPC server of Quire shares: addresses, health, reflection, clean ends."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import ctypes
 import fcntl
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -15,16 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from quire.errors import InternalError, QuireError
-from quire.logs import bind_call
-from quire.rpc_status import to_status
+from quire.error_interceptor import ErrorInterceptor
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import Iterable
 
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 MAX_UNIX_PATH_BYTES = 107
@@ -47,104 +43,9 @@ _SERVER_OPTIONS = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 
-_logger = structlog.get_logger()
-
 
 class StartupError(Exception):
     """A process cannot start. The message is one line and is all that the user sees."""
-
-
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns exceptions of handlers into statuses, so that no handler speaks of codes.
-
-    A `QuireError` becomes its own status; anything else is logged under a random id and becomes INTERNAL with that id,
-    so that no trace leaves the process. Records of the call carry the ids of its metadata (`quire.logs.bind_call`).
-    """
-
-    async def intercept_service(
-        self,
-        continuation: Callable[
-            [grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]
-        ],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """The handler of the call, wrapped."""
-        handler = await continuation(handler_call_details)
-        # Health and reflection bring handlers of their own; an unknown method has none.
-        if handler is None or not handler_call_details.method.startswith("/quire."):
-            return handler
-        if handler.response_streaming:
-            return _wrap_streaming(handler, handler_call_details.method)
-        return grpc.unary_unary_rpc_method_handler(
-            _guard_unary(handler.unary_unary, handler_call_details.method),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
-
-
-def _wrap_streaming(
-    handler: grpc.RpcMethodHandler[Any, Any], method: str
-) -> grpc.RpcMethodHandler[Any, Any]:
-    if handler.request_streaming:
-        return grpc.stream_stream_rpc_method_handler(
-            _guard_stream(handler.stream_stream, method),
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
-    return grpc.unary_stream_rpc_method_handler(
-        _guard_stream(handler.unary_stream, method),
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
-
-
-def _guard_unary(behavior: Any, method: str) -> Any:  # noqa: ANN401 -- grpc's own handler types are untyped callables
-    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:  # noqa: ANN401 -- as above
-        bind_call(context.invocation_metadata())
-        try:
-            return await behavior(request, context)
-        except Exception as error:  # noqa: BLE001 -- the one place that turns exceptions into statuses
-            await _abort(context, error, method)
-
-    return guarded
-
-
-def _guard_stream(behavior: Any, method: str) -> Any:  # noqa: ANN401 -- grpc's own handler types are untyped callables
-    async def guarded(
-        request: Any,  # noqa: ANN401 -- as above
-        context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[Any]:
-        bind_call(context.invocation_metadata())
-        responses = behavior(request, context)
-        try:
-            async for response in responses:
-                yield response
-        except Exception as error:  # noqa: BLE001 -- the one place that turns exceptions into statuses
-            await _abort(context, error, method)
-        finally:
-            await responses.aclose()
-
-    return guarded
-
-
-async def _abort(
-    context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str
-) -> None:
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if not isinstance(error, QuireError):
-        error = _internal(error, method)
-    status = to_status(error)
-    await context.abort(status.code, status.details, status.trailing_metadata)
-
-
-def _internal(error: Exception, method: str) -> InternalError:
-    error_id = secrets.token_hex(8)
-    _logger.error("call_failed", method=method, error_id=error_id, exc_info=error)
-    return InternalError(
-        f"internal error; the service's log has it under {error_id}",
-        metadata={"error_id": error_id},
-    )
 
 
 def create_server(*, max_concurrent_rpcs: int | None = None) -> grpc.aio.Server:
