@@ -44,6 +44,9 @@ class GpuTraits:
     target: Target
     num_multiprocessors: int
     converts_fp8: bool  # e4m3 in hardware; else its bits are taken apart
+    min_part_keys: int = (
+        256  # in a shorter part, writing and joining it costs more than a split saves
+    )
 
     @classmethod
     def of(cls, device: torch.device) -> GpuTraits:
@@ -180,7 +183,9 @@ class _Launch:
         count, num_heads, v_dim = self._batch.num_decodes, *out.shape[1:]
         num_kv_heads = num_heads // self._group
         splits = num_parts(
-            count * num_kv_heads, self._seen_keys(), self._traits.num_multiprocessors
+            count * num_kv_heads,
+            self._traits.num_multiprocessors,
+            self._seen_keys() // self._traits.min_part_keys,
         )
         logs = out.new_empty(count, num_heads, splits, dtype=torch.float32)
         parts = out if splits == 1 else logs.new_empty(count, num_heads, splits, v_dim)

@@ -17,7 +17,6 @@ _TILE_BYTES: Final = (
 _WAVES: Final = (
     8  # programs for each multiprocessor, so that the last ones to end leave few of them idle
 )
-_MIN_PART_KEYS: Final = 256  # below, writing and joining a part costs more than it saves
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,7 @@ def prefill_tiling(target: Target, dims: Dims) -> Tiling:
     return Tiling(max(rows, padded(dims.group)), keys, num_warps=8, num_stages=stages)
 
 
-def num_parts(num_programs: int, max_context_len: int, num_multiprocessors: int) -> int:
-    """Parts that each context is split into, so that `num_programs` without a split fill the device."""
+def num_parts(num_programs: int, num_multiprocessors: int, most: int) -> int:
+    """Parts that each context is split into, at `most`, so that `num_programs` without a split fill the device."""
     wanted = -(-num_multiprocessors * _WAVES // num_programs)
-    return max(1, min(wanted, max_context_len // _MIN_PART_KEYS))
+    return max(1, min(wanted, most))

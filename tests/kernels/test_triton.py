@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -153,8 +154,7 @@ BASE = PagedShape((1, 4), (20, 9), 16, 2, 2, 64, 64, 0, 0.0, has_sinks=False, se
 )
 def test_what_no_kernel_computes_is_refused(changes: dict[str, int], message: str) -> None:
     """Head sizes and groups beyond the tiles end in one sentence, not in the compiler."""
-    fields = {name: getattr(BASE, name) for name in PagedShape.__dataclass_fields__}
-    case = make_case(PagedShape(**{**fields, **changes}), torch.float32, torch.float32)
+    case = make_case(replace(BASE, **changes), torch.float32, torch.float32)
     with pytest.raises(ValueError, match=message):
         Kernels(interpreted_operations()).paged_attention(
             case.query, case.key_cache, case.value_cache, case.batch, case.params
@@ -185,11 +185,35 @@ def test_a_device_without_kernels_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_programs", "max_context_len", "expected"),
-    [(8, 200, 1), (8, 4096, 16), (8, 65_536, 132), (512, 65_536, 3), (2048, 65_536, 1)],
+    ("num_programs", "most", "expected"),
+    [(8, 0, 1), (8, 16, 16), (8, 256, 132), (512, 256, 3), (2048, 256, 1)],
 )
 def test_contexts_are_split_until_the_device_is_full(
-    num_programs: int, max_context_len: int, expected: int
+    num_programs: int, most: int, expected: int
 ) -> None:
-    """132 multiprocessors get eight programs each, as long as no part has fewer than 256 keys."""
-    assert num_parts(num_programs, max_context_len, 132) == expected
+    """132 multiprocessors get eight programs each, as long as parts may be so short."""
+    assert num_parts(num_programs, 132, most) == expected
+
+
+@pytest.mark.parametrize("window", [1, 17, 64])
+def test_a_decode_reads_nothing_before_its_window(window: int) -> None:
+    """NaN in every slot that the window has passed does not reach the output."""
+    shape = replace(BASE, queries=(1,), before=(150,), window=window, has_sinks=True)
+    case = make_case(shape, torch.float32, torch.float32)
+    arguments = (case.query, case.key_cache, case.value_cache, case.batch, case.params)
+    expected = reference.paged_attention(*arguments)
+    passed = case.slots[0][: 151 - window]
+    for cache in (case.key_cache, case.value_cache):
+        cache.view(-1, *cache.shape[2:])[passed] = torch.nan
+    found = Kernels(interpreted_operations()).paged_attention(*arguments)
+    assert relative_error(found, expected) <= 1e-5
+
+
+def test_many_parts_are_joined() -> None:
+    """Eighteen parts, more than are joined at once, the highest scores among the last, give what the whole gives."""
+    shape = replace(BASE, queries=(1,), before=(600,), num_kv_heads=1, has_sinks=True)
+    case = make_case(shape, torch.float32, torch.float32)
+    case.key_cache.view(-1, 64)[case.slots[0][-40:]] += case.query[0, 0]
+    arguments = (case.query, case.key_cache, case.value_cache, case.batch, case.params)
+    found = Kernels(interpreted_operations()).paged_attention(*arguments)
+    assert relative_error(found, reference.paged_attention(*arguments)) <= 1e-5

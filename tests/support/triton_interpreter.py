@@ -39,6 +39,6 @@ interpreter.InterpreterBuilder.create_dot = _dot_of_floats
 
 
 def interpreted_operations(*, converts_fp8: bool = True) -> TritonOperations:
-    """The operations as a GPU of four multiprocessors would be given them: few, so that contexts are split in parts."""
-    traits = GpuTraits("sm_90", num_multiprocessors=4, converts_fp8=converts_fp8)
+    """The operations as for a small GPU; contexts are split in short parts, so that few keys show what many would."""
+    traits = GpuTraits("sm_90", num_multiprocessors=4, converts_fp8=converts_fp8, min_part_keys=32)
     return TritonOperations(traits, torch.device("cpu"))
