@@ -92,7 +92,10 @@ def coherent(values: Object) -> Object:
         values["gpu"]["selectors"] = []
     if profile == "single-container":
         values["router"] = {}
-        values.setdefault("networkPolicy", {})["allowInspectionFrom"] = []
+        values["memory"] = {}
+        policy = values.setdefault("networkPolicy", {})
+        policy["allowInspectionFrom"] = []
+        policy.pop("allowDnsTo", None)
     model = values.setdefault("model", {})
     if model.get("source", "demo") == "demo":
         model |= {"claimName": "", "path": ""}
@@ -102,7 +105,8 @@ def coherent(values: Object) -> Object:
     rows = values.setdefault("memory", {}).get("maxNumRows", 4096)
     scheduling = values.setdefault("scheduling", {})
     scheduling["maxNumSeqs"] = min(scheduling.get("maxNumSeqs", 64), rows)
-    values["memory"]["maxNumRows"] = max(rows, scheduling["maxNumSeqs"])
+    if profile != "single-container":
+        values["memory"]["maxNumRows"] = max(rows, scheduling["maxNumSeqs"])
     metrics = values.setdefault("metrics", {})
     metrics.setdefault("podMonitor", {})
     if not metrics.get("enabled", True):
@@ -167,6 +171,18 @@ REFUSED: list[tuple[Object, str]] = [
             "networkPolicy": {"allowInspectionFrom": [{"podSelector": {}}]},
         },
         "allowInspectionFrom has no effect with profile single-container",
+    ),
+    (
+        {"profile": "single-container", "memory": {"maxNumRows": 8192}},
+        "the values under memory have no effect",
+    ),
+    (
+        {"profile": "single-container", "scheduling": {"maxNumSeqs": 4097}},
+        "scheduling.maxNumSeqs 4097 is above 4096",
+    ),
+    (
+        {"profile": "single-container", "networkPolicy": {"allowDnsTo": []}},
+        "allowDnsTo has no effect with profile single-container",
     ),
     ({"model": {"source": "pvc"}}, "model.source pvc needs model.claimName"),
     ({"model": {"path": "llama"}}, "belong to model.source pvc"),

@@ -36,6 +36,17 @@
 {{- if ne (toJson .Values.router) (toJson $untouched) -}}
 {{- fail "profile single-container runs the router inside the engine's container, so the values under router have no effect: leave them out; engine and compute describe that container" -}}
 {{- end -}}
+{{- $memory := dict "cpu" "500m" "leaseTtlSeconds" 10 "maxNumRows" 4096 -}}
+{{- if ne (toJson .Values.memory) (toJson $memory) -}}
+{{- fail "profile single-container starts the memory service with its own defaults, so the values under memory have no effect: leave them out; engine and compute describe that container" -}}
+{{- end -}}
+{{- if gt (int64 .Values.scheduling.maxNumSeqs) 4096 -}}
+{{- fail (printf "scheduling.maxNumSeqs %d is above 4096, the rows of the memory service in profile single-container, which would refuse the router's session" (int64 .Values.scheduling.maxNumSeqs)) -}}
+{{- end -}}
+{{- $dns := list (dict "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" "kube-system"))) -}}
+{{- if ne (toJson .Values.networkPolicy.allowDnsTo) (toJson $dns) -}}
+{{- fail "networkPolicy.allowDnsTo has no effect with profile single-container: its Pod calls nobody, DNS included; leave it out" -}}
+{{- end -}}
 {{- if .Values.networkPolicy.allowInspectionFrom -}}
 {{- fail "networkPolicy.allowInspectionFrom has no effect with profile single-container: its memory service listens on a Unix socket only; look inside with `kubectl exec ... -- quire inspect pool`" -}}
 {{- end -}}
