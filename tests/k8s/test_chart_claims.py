@@ -37,6 +37,20 @@ def test_grace_periods_follow_from_the_drain() -> None:
     assert grace >= 7 + 3 * (100 + 5)
 
 
+def test_loading_a_model_has_its_time() -> None:
+    """It bounds the start of compute and of `quire up`; the router's own start is short, its roll-out is not."""
+    long = {"startupSeconds": 3001}
+
+    def start_of(name: str, values: Object) -> tuple[str, int]:
+        probe = render(values).container(name).spec["startupProbe"]
+        return probe["grpc"]["service"], probe["periodSeconds"] * probe["failureThreshold"]
+
+    assert start_of("compute", long) == ("startup", 3002)
+    assert start_of("quire", {"profile": "single-container", **long}) == ("readiness", 3002)
+    assert start_of("router", long) == ("startup", 60)
+    assert render(long).named("Deployment", "-router")["spec"]["progressDeadlineSeconds"] == 3601
+
+
 def test_the_memory_port_is_closed_to_others() -> None:
     """Only the release's router reaches memory and compute, a listed peer memory; nothing leaves the engine."""
     policy = render().named("NetworkPolicy", "-engine")["spec"]
@@ -61,6 +75,17 @@ def test_helm_test_is_always_a_client() -> None:
     labels = [found["podSelector"]["matchLabels"] for found in rule["from"]]
     test_pod = render().container("generate").pod
     assert any(found.items() <= test_pod["metadata"]["labels"].items() for found in labels)
+
+
+def test_helm_test_runs_where_the_router_may() -> None:
+    """Its Pod has the node selector and the tolerations of the Pod that holds the router."""
+    placement: Object = {
+        "nodeSelector": {"pool": "llm"},
+        "tolerations": [{"key": "llm", "operator": "Exists"}],
+    }
+    for values in ({"router": placement}, {"profile": "single-container", "engine": placement}):
+        spec = render(values).container("generate").pod["spec"]
+        assert {key: spec[key] for key in placement} == placement
 
 
 def test_dra_gives_one_claim_to_both_containers() -> None:
@@ -118,3 +143,20 @@ def test_the_monitor_scrapes_every_metrics_port() -> None:
     named = {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]}
     ports = {p["name"] for c in rendering.containers() for p in c.spec.get("ports", [])}
     assert named == {name for name in ports if name.startswith("metrics-")}
+
+
+def test_the_notes_warn_of_what_is_open() -> None:
+    """A load balancer for everyone and a missing network policy are named; the defaults give no warning."""
+    balanced: Object = {"service": {"type": "LoadBalancer"}}
+    listed = {"networkPolicy": {"allowClientsFrom": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}}
+    assert "WARNING" not in render().notes
+    assert "WARNING: service.type LoadBalancer" in render(balanced).notes
+    assert "WARNING" not in render({**balanced, **listed}).notes
+    assert "WARNING: networkPolicy" in render({"networkPolicy": {"enabled": False}}).notes
+
+
+def test_the_notes_name_the_model() -> None:
+    """The folder on the claim, or its root."""
+    root = {"source": "pvc", "claimName": "models"}
+    assert "serves /model of the claim models" in render({"model": root}).notes
+    assert "serves /model/a of the claim models" in render({"model": {**root, "path": "a"}}).notes

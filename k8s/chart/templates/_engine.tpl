@@ -23,7 +23,7 @@
     {{- if .Values.metrics.enabled }}
     - {name: metrics-memory, containerPort: 7082}
     {{- end }}
-  {{- include "quire.probes" (list . 7072 60) | nindent 2 }}
+  {{- include "quire.probes" (list . 7072 60 "startup") | nindent 2 }}
   resources:
     {{- include "quire.resources" (list .Values.memory.cpu (include "quire.memoryMiB" .)) | nindent 4 }}
     {{- with include "quire.claims" . }}
@@ -54,7 +54,8 @@
     {{- if .Values.metrics.enabled }}
     - {name: metrics-compute, containerPort: 7083}
     {{- end }}
-  {{- include "quire.probes" (list . 7073 .Values.startupSeconds) | nindent 2 }}
+  # It has started once the model is loaded.
+  {{- include "quire.probes" (list . 7073 .Values.startupSeconds "startup") | nindent 2 }}
   lifecycle:
     preStop:
       sleep: {seconds: {{ include "quire.enginePreStopSeconds" . }}}
@@ -95,7 +96,8 @@
     - {name: metrics-memory, containerPort: 7082}
     - {name: metrics-compute, containerPort: 7083}
     {{- end }}
-  {{- include "quire.probes" (list . 7071 .Values.startupSeconds) | nindent 2 }}
+  # The router answers before the model is loaded, and is ready after it: only that bounds loading here.
+  {{- include "quire.probes" (list . 7071 .Values.startupSeconds "readiness") | nindent 2 }}
   lifecycle:
     preStop:
       sleep: {seconds: {{ int64 .Values.drain.preStopSeconds }}}
@@ -128,7 +130,8 @@ claims:
 - name: memory-tmp
   emptyDir: {sizeLimit: 64Mi}
 {{ end -}}
-# The pool's file. The memory service reserves it at start, so its pages count against the memory container's limit.
+# The pool's file. The memory service reserves it all when compute first attaches, so its pages count against the memory
+# container's limit.
 - name: state
   emptyDir: {medium: Memory, sizeLimit: {{ include "quire.stateMiB" . }}Mi}
 - name: compute-tmp

@@ -68,12 +68,13 @@ securityContext:
 - {name: HF_HUB_OFFLINE, value: "1"}
 {{- end }}
 
-{{/* Three probes of one gRPC port; takes (root, port, seconds to start). A container that does not answer has nothing to
-     drain: it gets ten seconds, instead of the Pod's grace period with the sleep of preStop in it. */}}
+{{/* Three probes of one gRPC port; takes (root, port, seconds to start, health service that means started). A container
+     that does not answer has nothing to drain: it gets ten seconds, in which preStop runs too, instead of the Pod's grace
+     period. */}}
 {{- define "quire.probes" -}}
 {{- $port := index . 1 -}}
 startupProbe:
-  grpc: {port: {{ $port }}, service: startup}
+  grpc: {port: {{ $port }}, service: {{ index . 3 }}}
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: {{ div (add (int64 (index . 2)) 1) 2 }}
