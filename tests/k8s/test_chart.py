@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from chart import CHART, PROFILES, ROOT, Object, Rendering, render
 from helm_python.chart import lint
 from helm_python.errors import HelmRenderError, HelmValuesError
 from hypothesis import HealthCheck, example, given, settings
-from schema_values import SchemaValues
+from schema_values import SchemaValues, partial
 from soundness import assert_sound, custom_resources, settings_of
 
 import quire
@@ -124,7 +126,7 @@ def coherent(values: Object) -> Object:
         HealthCheck.filter_too_much,
     ],
 )
-@given(SchemaValues(SCHEMA).values().map(coherent))
+@given(SchemaValues(partial(SCHEMA)).values().map(coherent))
 @example(coherent({"profile": "dra", "gpu": {"selectors": ['device.attributes["a"].b == "c\'d"']}}))
 @example(coherent({"router": {"podAnnotations": {"0": "="}}}))
 @example(coherent({"pool": {"sizeMiB": 16777216}, "compute": {"memoryMiB": 16777216}}))
@@ -155,6 +157,7 @@ def assert_sizes(rendering: Rendering, values: Object) -> None:
 
 
 REFUSED: list[tuple[Object, str]] = [
+    ({"serviceAccount": {"name": "default"}}, "serviceAccount.name default is there in every"),
     ({"engine": {"replicas": 2}}, "engine.replicas must be 1: in this version one router drives"),
     ({"engine": {"replicas": 0}}, "engine.replicas must be 1: in this version one router drives"),
     ({"router": {"replicas": 2}}, "would fence the first one's"),
@@ -206,9 +209,24 @@ def test_what_cannot_work_is_refused(values: Object, sentence: str) -> None:
 
 
 def test_every_refusal_is_tested() -> None:
-    """Each `fail` of the chart has its case above, but for the dashboard's file, which the chart brings."""
+    """Each `fail` of the chart has its case above, but for the dashboard's file, which the chart brings, and names."""
     text = (CHART / "templates" / "_checks.tpl").read_text()
-    assert text.count("{{- fail ") == len({sentence for _, sentence in REFUSED}) + 1
+    assert text.count("{{- fail ") == len({sentence for _, sentence in REFUSED}) + 2
+
+
+@pytest.mark.parametrize("name", ["1st", "team.quire"])
+def test_a_release_name_that_no_service_can_have(name: str) -> None:
+    """Helm takes it, a Service does not: the render says what to set, and with that it is well."""
+    with pytest.raises(HelmRenderError, match="set fullnameOverride"):
+        render(name=name)
+    assert_sound(render({"fullnameOverride": "first"}, name=name))
+
+
+def from_pods(expression: Object) -> Object:
+    """Values with a client that is chosen by an expression."""
+    return {
+        "networkPolicy": {"allowClientsFrom": [{"podSelector": {"matchExpressions": [expression]}}]}
+    }
 
 
 WRONG: list[tuple[Object, str]] = [
@@ -228,7 +246,95 @@ WRONG: list[tuple[Object, str]] = [
     ({"networkPolicy": {"allowInspectionFrom": [{}]}}, "allowInspectionFrom"),
     ({"engine": {"tolerations": [{"effect": "Nope"}]}}, "tolerations"),
     ({"extraArgs": ["--model=x"]}, "extraArgs"),
+    ({"fullnameOverride": "1st"}, "fullnameOverride"),
+    ({"gpu": {"count": 65}}, "count"),
+    ({"gpu": {"selectors": ["true"] * 33}}, "selectors"),
+    ({"scheduling": None}, "scheduling"),
+    ({"scheduling": {"maxNumSeqs": None}}, "maxNumSeqs"),
+    ({"metrics": {"podMonitor": {"enabled": None}}}, "enabled"),
+    ({"image": {"repository": "registry:5000"}}, "repository"),
+    ({"image": {"repository": "quire._.x"}}, "repository"),
+    ({"engine": {"podLabels": {"app.kubernetes.io/name": "x"}}}, "app.kubernetes.io/name"),
+    ({"router": {"podLabels": {"pod-template-hash": "x"}}}, "pod-template-hash"),
+    (
+        {"router": {"podAnnotations": {"kubectl.kubernetes.io/default-container": "x"}}},
+        "default-container",
+    ),
+    ({"metrics": {"dashboard": {"labels": {"grafana_dashboard": "2"}}}}, "grafana_dashboard"),
+    ({"metrics": {"podMonitor": {"labels": {"helm.sh/chart": "x"}}}}, "helm.sh/chart"),
+    ({"engine": {"podLabels": {"a" * 254 + "/b": "x"}}}, "a" * 254),
+    ({"engine": {"tolerations": [{}]}}, "tolerations"),
+    ({"engine": {"tolerations": [{"operator": "Exists", "value": "x"}]}}, "tolerations"),
+    ({"engine": {"tolerations": [{"key": "x", "tolerationSeconds": 1}]}}, "tolerations"),
+    (from_pods({"key": "a", "operator": "In"}), "allowClientsFrom"),
+    (from_pods({"key": "a", "operator": "Exists", "values": ["b"]}), "allowClientsFrom"),
 ]
+
+
+RIGHT: list[Object] = [
+    {"enabled": True, "global": {"anything": 1}},
+    {"image": {"repository": "registry.example.com:5000/team/quire"}},
+    {"image": {"repository": "ghcr.io/a__b/c--d.e"}},
+    {"engine": {"tolerations": [{"operator": "Exists"}, {"key": "a", "value": "b"}]}},
+    {
+        "engine": {
+            "tolerations": [
+                {"key": "a", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 5}
+            ]
+        }
+    },
+    from_pods({"key": "a", "operator": "NotIn", "values": ["b"]}),
+    from_pods({"key": "a", "operator": "DoesNotExist"}),
+]
+
+
+@pytest.mark.parametrize("values", RIGHT, ids=lambda found: str(found)[:60])
+def test_what_is_near_to_wrong_is_taken(values: Object) -> None:
+    """The schema refuses no more than Kubernetes and container engines do."""
+    assert_sound(render(values))
+
+
+@settings(max_examples=200, deadline=None)
+@given(SchemaValues(SCHEMA).values({"$ref": "#/definitions/cidr"}))
+def test_the_schema_knows_networks(text: str) -> None:
+    """What it takes for a CIDR is one."""
+    ipaddress.ip_network(text, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("0.0.0.0/0", True),
+        ("169.254.20.10/32", True),
+        ("::/0", True),
+        ("fd00:10::/64", True),
+        ("2001:db8::1:2/128", True),
+        ("1:2:3:4:5:6:7:8/128", True),
+        ("256.0.0.0/8", False),
+        ("10.0.0/8", False),
+        ("10.0.0.0/33", False),
+        ("010.0.0.0/8", False),
+        ("10.0.0.0", False),
+        ("fd00::1::/64", False),
+        (":::/0", False),
+        ("fd00::/129", False),
+    ],
+)
+def test_a_network(text: str, *, right: bool) -> None:
+    """Usual networks are taken, and slips are not."""
+    assert (re.fullmatch(SCHEMA["definitions"]["cidr"]["pattern"], text) is not None) is right
+
+
+def test_nothing_can_be_taken_away() -> None:
+    """A null removes a default; each key with a default is required, so that this is named and nothing half is made."""
+
+    def assert_requires(schema: Object, optional: set[str]) -> None:
+        properties = schema.get("properties", {})
+        assert set(schema.get("required", [])) == set(properties) - optional
+        for found in properties.values():
+            assert_requires(found, set())
+
+    assert_requires(SCHEMA, {"global", "enabled"})
 
 
 @pytest.mark.parametrize(("values", "named"), WRONG, ids=lambda found: str(found)[:60])
@@ -275,7 +381,7 @@ def test_values_and_schema_name_the_same_keys() -> None:
 
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     values["networkPolicy"] |= {"allowMetricsFrom": [], "allowDnsTo": []}
-    assert set(keys_of(values)) == set(properties(SCHEMA)) - {".global"}
+    assert set(keys_of(values)) == set(properties(SCHEMA)) - {".global", ".enabled"}
 
 
 def test_the_versions_agree() -> None:
@@ -286,4 +392,17 @@ def test_the_versions_agree() -> None:
 
 def test_a_long_release_name() -> None:
     """Names and labels keep within their 63 characters."""
-    assert_sound(render(name="a" * 53))
+    assert_sound(render({"profile": "dra"}, name="a" * 53))
+
+
+def test_long_names_that_begin_alike() -> None:
+    """They stay two, and both keep within their length."""
+
+    def prefix(name: str) -> str:
+        found = render(name=name).named("StatefulSet", "-engine")["metadata"]["name"]
+        return str(found.removesuffix("-engine"))
+
+    first, second = prefix("a" * 50 + "-b"), prefix("a" * 50 + "-c")
+    assert first != second
+    assert max(len(first), len(second)) <= 44
+    assert prefix("quire-of-the-team") == "quire-of-the-team"

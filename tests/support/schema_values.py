@@ -10,6 +10,18 @@ from hypothesis import strategies as st
 Schema = dict[str, Any]
 
 
+# Keywords that say how the parts of an object go together.
+_COMBINING = ("oneOf", "allOf", "if", "then", "else", "minProperties")
+
+
+def partial(schema: Schema) -> Schema:
+    """The schema of what may be given where defaults fill the rest: none of the named keys is required."""
+    if "properties" not in schema:
+        return schema
+    properties = {name: partial(found) for name, found in schema["properties"].items()}
+    return {**schema, "properties": properties, "required": []}
+
+
 class SchemaValues:
     """Makes strategies from the parts of one schema."""
 
@@ -34,11 +46,11 @@ class SchemaValues:
         required = {name: known[name] for name in schema.get("required", [])}
         optional = {name: found for name, found in known.items() if name not in required}
         made = st.fixed_dictionaries(required, optional=optional)
-        return made.filter(self._fits(schema)) if {"oneOf", "minProperties"} & set(schema) else made
+        return made.filter(self._fits(schema)) if set(_COMBINING) & set(schema) else made
 
     def _fits(self, schema: Schema) -> Any:
         # What refers to other parts was made right; only how the parts combine is left to check.
-        combined = {key: schema[key] for key in ("oneOf", "minProperties") if key in schema}
+        combined = {key: schema[key] for key in _COMBINING if key in schema}
         return lambda value: jsonschema.Draft7Validator(combined).is_valid(value)
 
     def _array(self, schema: Schema) -> st.SearchStrategy[Any]:
@@ -49,7 +61,8 @@ class SchemaValues:
         if "pattern" not in schema:
             return st.text(st.characters(codec="ascii", min_codepoint=32), max_size=12)
         pattern = st.from_regex(schema["pattern"], fullmatch=True, alphabet=_PRINTABLE)
-        return pattern.filter(lambda value: len(value) <= schema.get("maxLength", 60))
+        rules = {"maxLength": 60, **schema}
+        return pattern.filter(lambda value: jsonschema.Draft7Validator(rules).is_valid(value))
 
     def _integer(self, schema: Schema) -> st.SearchStrategy[Any]:
         return st.integers(schema["minimum"], schema.get("maximum", 1000))

@@ -29,6 +29,7 @@ SETTINGS: dict[str, type[CommonSettings]] = {
     "up": UpSettings,
     "generate": GenerateSettings,
 }
+_SERVICE_NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 _DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -36,7 +37,9 @@ def assert_sound(rendering: Rendering) -> None:
     """Valid objects that fit together, restricted Pods."""
     validate(rendering.objects)
     for found in rendering.objects:
-        assert _DNS_LABEL.fullmatch(found["metadata"]["name"]) or found["kind"] == "ServiceAccount"
+        name, kind = found["metadata"]["name"], found["kind"]
+        assert _DNS_LABEL.fullmatch(name) or kind == "ServiceAccount"
+        assert _SERVICE_NAME.fullmatch(name) or kind != "Service"
     for pod in rendering.pods:
         _assert_restricted(pod)
         _assert_mounts(pod)

@@ -1,11 +1,22 @@
 {{/* Values that pass the schema one by one and cannot work together. Each ends the render with the reason. */}}
 {{- define "quire.check" -}}
+{{- include "quire.checkNames" . -}}
 {{- include "quire.checkReplicas" . -}}
 {{- include "quire.checkGpu" . -}}
 {{- include "quire.checkSingle" . -}}
 {{- include "quire.checkModel" . -}}
 {{- include "quire.checkScheduling" . -}}
 {{- include "quire.checkMetrics" . -}}
+{{- end }}
+
+{{- define "quire.checkNames" -}}
+{{- $full := include "quire.fullname" . -}}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" $full) -}}
+{{- fail (printf "%s, from the release's name, cannot begin the name of a Service, which takes lower-case letters, digits and dashes and begins with a letter: set fullnameOverride" $full) -}}
+{{- end -}}
+{{- if and .Values.serviceAccount.create (eq .Values.serviceAccount.name "default") -}}
+{{- fail "serviceAccount.name default is there in every namespace and cannot be created: set serviceAccount.create to false, or another name" -}}
+{{- end -}}
 {{- end }}
 
 {{- define "quire.checkReplicas" -}}

@@ -1,8 +1,13 @@
-{{/* Names. 44 characters: with "-engine", "-0" and the hash that a StatefulSet appends they stay below 63. */}}
+{{/* Names. 44 characters: with "-engine", "-0" and the hash that a StatefulSet appends they stay below 63. A longer one
+     ends with a hash of the whole, so that two that begin alike stay two. */}}
 {{- define "quire.fullname" -}}
 {{- $name := default .Chart.Name .Values.nameOverride -}}
 {{- $full := ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) -}}
-{{- default $full .Values.fullnameOverride | trunc 44 | trimSuffix "-" -}}
+{{- $full = default $full .Values.fullnameOverride -}}
+{{- if gt (len $full) 44 -}}
+{{- $full = printf "%s-%s" ($full | trunc 35 | trimSuffix "-") ($full | sha256sum | trunc 8) -}}
+{{- end -}}
+{{- $full -}}
 {{- end }}
 
 {{- define "quire.serviceAccountName" -}}
