@@ -3,7 +3,7 @@
 #   docker build --target router  -t quire-router:0.1.0  .
 #   docker build --target compute -t quire-compute:0.1.0 .
 # Where no GPU is, a smaller torch: --build-arg PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-# For a GPU: --target compute-cuda -t quire-compute:0.1.0-cuda
+# For a GPU: --target compute-cuda -t quire-compute:0.1.0, in the place of the other.
 #
 # All run as user 10001 on a read-only root: what they write goes to $HOME, $TMPDIR and the folders that flags name.
 # Kubernetes probes them over gRPC, so there is no HEALTHCHECK. `tools/exercise_dockerfile.py` runs these steps.

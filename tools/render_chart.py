@@ -18,7 +18,8 @@ MANIFEST = "quire.yaml"
 
 _HEADER = "# Profile {profile}, rendered from k8s/chart by `make chart`; do not edit.\n"
 _KUSTOMIZATION = """# kubectl apply -k k8s/rendered/{profile}
-# Names, namespace and images are changed by a kustomization of your own that lists this folder.
+# Namespace and images are changed by a kustomization of your own that lists this folder. Names are not: command lines
+# and selectors hold them, so a second copy needs a namespace of its own.
 apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 resources: [{manifest}]

@@ -98,6 +98,7 @@ def coherent(values: Object) -> Object:
         policy = values.setdefault("networkPolicy", {})
         policy["allowInspectionFrom"] = []
         policy.pop("allowDnsTo", None)
+        policy.pop("dnsPorts", None)
     model = values.setdefault("model", {})
     if model.get("source", "demo") == "demo":
         model |= {"claimName": "", "path": ""}
@@ -185,7 +186,11 @@ REFUSED: list[tuple[Object, str]] = [
     ),
     (
         {"profile": "single-container", "networkPolicy": {"allowDnsTo": []}},
-        "allowDnsTo has no effect with profile single-container",
+        "allowDnsTo and networkPolicy.dnsPorts have no effect",
+    ),
+    (
+        {"profile": "single-container", "networkPolicy": {"dnsPorts": [5353]}},
+        "allowDnsTo and networkPolicy.dnsPorts have no effect",
     ),
     ({"model": {"source": "pvc"}}, "model.source pvc needs model.claimName"),
     ({"model": {"path": "llama"}}, "belong to model.source pvc"),
@@ -246,6 +251,8 @@ WRONG: list[tuple[Object, str]] = [
     ({"networkPolicy": {"allowInspectionFrom": [{}]}}, "allowInspectionFrom"),
     ({"engine": {"tolerations": [{"effect": "Nope"}]}}, "tolerations"),
     ({"extraArgs": ["--model=x"]}, "extraArgs"),
+    ({"listenHost": "10.0.0.1"}, "listenHost"),
+    ({"networkPolicy": {"dnsPorts": []}}, "dnsPorts"),
     ({"fullnameOverride": "1st"}, "fullnameOverride"),
     ({"gpu": {"count": 65}}, "count"),
     ({"gpu": {"selectors": ["true"] * 33}}, "selectors"),

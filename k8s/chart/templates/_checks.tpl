@@ -54,9 +54,9 @@
 {{- if gt (int64 .Values.scheduling.maxNumSeqs) 4096 -}}
 {{- fail (printf "scheduling.maxNumSeqs %d is above 4096, the rows of the memory service in profile single-container, which would refuse the router's session" (int64 .Values.scheduling.maxNumSeqs)) -}}
 {{- end -}}
-{{- $dns := list (dict "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" "kube-system"))) -}}
-{{- if ne (toJson .Values.networkPolicy.allowDnsTo) (toJson $dns) -}}
-{{- fail "networkPolicy.allowDnsTo has no effect with profile single-container: its Pod calls nobody, DNS included; leave it out" -}}
+{{- $dns := list (dict "namespaceSelector" (dict "matchLabels" (dict "kubernetes.io/metadata.name" "kube-system"))) (dict "ipBlock" (dict "cidr" "169.254.20.10/32")) -}}
+{{- if or (ne (toJson .Values.networkPolicy.allowDnsTo) (toJson $dns)) (ne (toJson .Values.networkPolicy.dnsPorts) "[53]") -}}
+{{- fail "networkPolicy.allowDnsTo and networkPolicy.dnsPorts have no effect with profile single-container: its Pod calls nobody, DNS included; leave them out" -}}
 {{- end -}}
 {{- if .Values.networkPolicy.allowInspectionFrom -}}
 {{- fail "networkPolicy.allowInspectionFrom has no effect with profile single-container: its memory service listens on a Unix socket only; look inside with `kubectl exec ... -- quire inspect pool`" -}}

@@ -8,7 +8,7 @@
   command: [quire, memory]
   args:
     - --listen=unix:/run/quire/memory.sock
-    - --listen=0.0.0.0:7072
+    {{- include "quire.listenFlag" (list . 7072) | nindent 4 }}
     - --descriptor-socket=/run/quire/descriptor.sock
     {{- include "quire.poolFlags" . | nindent 4 }}
     - --lease-ttl-s={{ .Values.memory.leaseTtlSeconds }}
@@ -40,7 +40,7 @@
   {{- include "quire.container" (list . "compute") | nindent 2 }}
   command: [quire, compute]
   args:
-    - --listen=0.0.0.0:7073
+    {{- include "quire.listenFlag" (list . 7073) | nindent 4 }}
     - --memory-address=unix:/run/quire/memory.sock
     - --device={{ ternary "cuda" "cpu" (eq .Values.profile "dra") }}
     {{- include "quire.modelFlags" . | nindent 4 }}
@@ -79,7 +79,7 @@
   {{- include "quire.container" (list . "compute") | nindent 2 }}
   command: [quire, up]
   args:
-    - --listen=0.0.0.0:7071
+    - --listen={{ .Values.listenHost }}:7071
     - --device={{ ternary "cuda" "cpu" (gt (int .Values.gpu.count) 0) }}
     {{- include "quire.poolFlags" . | nindent 4 }}
     {{- include "quire.modelFlags" . | nindent 4 }}

@@ -124,9 +124,20 @@ limits:
 - --log-format={{ .Values.logs.format }}
 {{- end }}
 
+{{/* One of the addresses of a service; takes (root, port). A service reads a bare "[::]:7072" as a broken JSON list of
+     addresses, so it gets a whole one. */}}
+{{- define "quire.listenFlag" -}}
+{{- $host := (index . 0).Values.listenHost -}}
+{{- if eq $host "0.0.0.0" -}}
+- --listen={{ $host }}:{{ index . 1 }}
+{{- else -}}
+- '--listen=["{{ $host }}:{{ index . 1 }}"]'
+{{- end -}}
+{{- end }}
+
 {{/* Takes (root, port). */}}
 {{- define "quire.metricsFlag" -}}
-- --metrics-listen={{ if (index . 0).Values.metrics.enabled }}0.0.0.0:{{ index . 1 }}{{ else }}off{{ end }}
+- --metrics-listen={{ if (index . 0).Values.metrics.enabled }}{{ (index . 0).Values.listenHost }}:{{ index . 1 }}{{ else }}off{{ end }}
 {{- end }}
 
 {{- define "quire.poolFlags" -}}
