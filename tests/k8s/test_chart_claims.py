@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 
-from chart import CHART, Object, render
+import pytest
+from chart import CHART, PROFILES, Object, render
+from soundness import settings_of
+
+from quire.serving import resolve
 
 
 def test_a_model_on_a_claim() -> None:
@@ -65,6 +70,36 @@ def test_the_memory_port_is_closed_to_others() -> None:
     opened = render({"networkPolicy": {"allowInspectionFrom": listed}})
     rules = opened.named("NetworkPolicy", "-engine")["spec"]["ingress"]
     assert {"from": listed, "ports": [{"protocol": "TCP", "port": 7072}]} in rules
+
+
+def test_the_router_may_ask_dns() -> None:
+    """In kube-system and at the node's own cache, on port 53; on other ports and anywhere when told so."""
+
+    def rule(values: Object) -> Object:
+        found = render(values).named("NetworkPolicy", "-router")["spec"]["egress"][1]
+        assert {port["protocol"] for port in found["ports"]} == {"TCP", "UDP"}
+        return {"to": found.get("to"), "ports": sorted({port["port"] for port in found["ports"]})}
+
+    system = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}
+    cache = {"ipBlock": {"cidr": "169.254.20.10/32"}}
+    assert rule({}) == {"to": [system, cache], "ports": [53]}
+    elsewhere = {"allowDnsTo": [], "dnsPorts": [53, 5353]}
+    assert rule({"networkPolicy": elsewhere}) == {"to": None, "ports": [53, 5353]}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_listening_with_ipv6(profile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With listenHost every TCP address that a service listens on changes, and is one that it can resolve."""
+    for container in render({"profile": profile, "listenHost": "[::]"}).containers():
+        found = settings_of(container, monkeypatch)
+        if found is None or container.name == "generate":
+            continue
+        told = found.model_dump()
+        listen = [told["listen"]] if isinstance(told["listen"], str) else told["listen"]
+        metrics = [told["metrics_listen"]] if "metrics_listen" in told else []
+        tcp = [address for address in [*listen, *metrics] if not address.startswith("unix:")]
+        assert {address.rpartition(":")[0] for address in tcp} == {"[::]"}
+        assert {resolve(address)[0] for address in tcp} == {socket.AF_INET6}
 
 
 def test_helm_test_is_always_a_client() -> None:
@@ -134,6 +169,19 @@ def test_the_dashboard_is_the_file() -> None:
     assert found["metadata"]["labels"]["grafana_dashboard"] == "1"
     dashboard = json.loads((CHART / "dashboards" / "quire.json").read_text())
     assert json.loads(found["data"]["quire.json"]) == dashboard
+
+
+def test_the_dashboard_chooses_what_it_shows() -> None:
+    """Every query is narrowed by every variable, so that two releases in one Prometheus stay apart."""
+    dashboard = json.loads((CHART / "dashboards" / "quire.json").read_text())
+    names = [found["name"] for found in dashboard["templating"]["list"]]
+    assert names == ["datasource", "namespace", "job", "instance"]
+    expressions = [t["expr"] for panel in dashboard["panels"] for t in panel.get("targets", [])]
+    for expression in expressions:
+        selectors = re.findall(r"\bquire_\w+(\{[^}]*\})?", expression)
+        assert selectors
+        for selector in selectors:
+            assert all(f'{name}=~"${name}"' in selector for name in names[1:])
 
 
 def test_the_monitor_scrapes_every_metrics_port() -> None:

@@ -199,6 +199,7 @@ def test_the_dashboard_asks_for_what_is_there(loaded: Evidence) -> None:
     assert {variable["name"] for variable in dashboard["templating"]["list"]} == {
         "datasource",
         "namespace",
+        "job",
         "instance",
     }
 
