@@ -49,10 +49,7 @@ kernels: $(STAMP) ## compile every Triton kernel for three GPUs, none needed; so
 chart: $(STAMP) ## render k8s/rendered from the chart
 	$(BIN)/python tools/render_chart.py
 
-lint-kernels: $(STAMP) ## compile every Triton kernel for three GPUs, none needed; some minutes
-	$(BIN)/python tools/compile_kernels.py --all
-
-chart: $(STAMP) ## lint manifests and Dockerfile for security (a minute the first time, then ten seconds)
+lint-chart: $(STAMP) ## lint manifests and Dockerfile for security (a minute the first time, then ten seconds)
 	$(BIN)/python tools/lint_manifests.py
 
 dockerfile: $(STAMP) ## perform the Dockerfile's steps for memory and router, and serve (a minute)

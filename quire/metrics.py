@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from quire.distribution import Distribution
 
+_OPEN_METRICS = "application/openmetrics-text"
 _PATH = "/metrics"
 _logger = structlog.get_logger()
 _CLIENT_TIMEOUT_S = 10.0
@@ -226,6 +227,9 @@ def _only_metrics(metrics: WSGIApplication) -> WSGIApplication:
         if environ["PATH_INFO"] != _PATH:
             start_response("404 Not Found", [("Content-Type", "text/plain")])
             return [f"metrics are at {_PATH}\n".encode()]
+        if _OPEN_METRICS in environ.get("HTTP_ACCEPT", ""):
+            # Without the last word the library turns the colons of vLLM's names into underscores.
+            environ["HTTP_ACCEPT"] = f"{_OPEN_METRICS};version=1.0.0;escaping=allow-utf-8"
         try:
             return metrics(environ, start_response)
         except (RuntimeError, TimeoutError):  # of OnLoop

@@ -47,6 +47,7 @@ class RemoteError(errors.QuireError):
     def __init__(self, code: grpc.StatusCode, message: str) -> None:
         super().__init__(message, metadata={"code": code.name})
         self.status_code = code
+        self.code = code.name  # type: ignore[misc]  # every other error has the code of its class
 
 
 def to_status(error: errors.QuireError) -> grpc.Status:

@@ -174,6 +174,14 @@ class UpSettings(
     )
 
 
+class DemoSettings(CommonSettings):
+    """Show all of it with the packaged model: three services, a streamed completion, a shared prefix; then end."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "warning", description="least severe level that the services log"
+    )
+
+
 class SamplingFlags(CommonSettings):
     """What the commands that ask the router share."""
 

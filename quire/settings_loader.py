@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 CONFIG_VARIABLE = "QUIRE_CONFIG"
 USAGE_EXIT_CODE = 2
+_SERVICE_LINK = re.compile(
+    r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$"
+)
 
 SettingsT = TypeVar("SettingsT", bound=CommonSettings)
 
@@ -127,9 +131,16 @@ def _check_variables(prog: str) -> None:
     """A variable may be meant for another command, so all names are known to all."""
     fields = {name for cls in ALL_SETTINGS for name in cls.model_fields}
     names = [f"{ENV_PREFIX}{name.upper()}" for name in fields] + [CONFIG_VARIABLE]
-    for variable in os.environ:
-        if variable.startswith(ENV_PREFIX) and variable not in names:
+    for variable, value in os.environ.items():
+        is_ours = variable.startswith(ENV_PREFIX) and not _is_service_link(variable, value)
+        if is_ours and variable not in names:
             _refuse_unknown(prog, "variable", variable, names)
+
+
+def _is_service_link(variable: str, value: str) -> bool:
+    """Whether Kubernetes made the variable, as it does in every Pod for each Service: quire-router, for one."""
+    is_address = variable.endswith("_PORT") and value.startswith(("tcp://", "udp://"))
+    return is_address or _SERVICE_LINK.search(variable) is not None
 
 
 def _check_file(cls: type[CommonSettings], path: Path, prog: str) -> None:

@@ -15,7 +15,8 @@ from rich.console import Console
 from quire.cli.pool_picture import draw_pool
 from quire.client import Client, GenerateOptions, PoolInspector
 from quire.run_folder import memory_address
-from quire.settings import DEFAULT_ROUTER_ADDRESS
+from quire.settings import DEFAULT_ROUTER_ADDRESS, DemoSettings
+from quire.settings_loader import load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,10 +37,19 @@ _OPTIONS: GenerateOptions = {
 _ENDINGS = ("os.path", "sys.argv", "print", "open", "len", "range", "str", "list")
 
 
-def demo(_argv: Sequence[str]) -> int:
+def demo(argv: Sequence[str]) -> int:
     """Run the demonstration; the process's exit status."""
+    settings = load(DemoSettings, argv, prog="quire demo")
     command = [sys.executable, "-c", "import sys; from quire.cli import main; sys.exit(main())"]
-    flags = ["up", "--listen", "127.0.0.1:0", "--memory-budget", "4MiB", "--log-level", "warning"]
+    flags = [
+        "up",
+        "--listen",
+        "127.0.0.1:0",
+        "--memory-budget",
+        "4MiB",
+        "--log-level",
+        settings.log_level,
+    ]
     services = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)  # noqa: S603 -- ourselves
     assert services.stdout is not None
     try:

@@ -25,9 +25,13 @@ def generate(argv: Sequence[str]) -> int:
         reporting_errors(settings.router_address) as outcome,
         Client(settings.router_address, timeout_s=settings.timeout_s) as client,
     ):
-        for delta in client.generate(prompt, **options):
+        generation = client.generate(prompt, **options)
+        for delta in generation:
             print(delta.text, end="", flush=True)
         print()
+        if generation.was_cut_off:
+            print("error: the router ended the request before its time", file=sys.stderr)
+            outcome.status = 1
     return outcome.status
 
 

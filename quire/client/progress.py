@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from protos.router.v1 import router_pb2 as pb
 
-if TYPE_CHECKING:
-    from protos.router.v1 import router_pb2 as pb
+_CUT_OFF = (pb.FINISH_REASON_CANCELLED, pb.FINISH_REASON_ERROR)
 
 
 class GenerationProgress:
@@ -16,6 +15,11 @@ class GenerationProgress:
             None  # request id, prompt tokens, seed; set by the first event
         )
         self.finished: dict[int, pb.Finished] = {}  # by sample index; whole after the last delta
+
+    @property
+    def was_cut_off(self) -> bool:
+        """Whether a sample ended before its time: aborted, or by a router that shuts down."""
+        return any(found.finish_reason in _CUT_OFF for found in self.finished.values())
 
     def take(self, event: pb.GenerateResponse) -> pb.Delta | None:
         """Note `event`; the delta when it is one."""

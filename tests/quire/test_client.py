@@ -90,6 +90,7 @@ def test_failures_are_quire_errors(quire: Quire) -> None:
         with pytest.raises(RemoteError) as late:
             client.complete(TEXT, max_tokens=900, ignore_eos=True, timeout_s=0.2)
         assert late.value.status_code is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert late.value.code == "DEADLINE_EXCEEDED"
         with pytest.raises(TypeError, match="did you mean 'temperature'"):
             client.generate(TEXT, temprature=1)  # type: ignore[call-arg]
     assert_pool_is_idle(quire)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 from processes import QUIRE
 
+from protos.memory.v1 import inspection_pb2
 from quire import __version__
 from quire.client import Client
 
@@ -99,7 +101,36 @@ def test_a_refusal_of_the_service_is_one_clear_line(quire: Quire) -> None:
     assert ended.stderr == "error: sampling.top_p: is 3; must be above 0 to 1\n"
 
 
-@pytest.mark.parametrize("command", ["up", "memory", "compute", "router", "generate", "inspect"])
+def test_an_answer_that_was_cut_off_is_no_success(quire: Quire) -> None:
+    """When somebody aborts the request its text is printed, and then that it is not all."""
+    router = quire.addresses["router"]
+    command = [QUIRE, "generate", "def f", "--max-tokens", "900", "--ignore-eos"]
+    process = subprocess.Popen(
+        [*command, "--router-address", router],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not any(found.num_computed_tokens > 20 for found in (live := sequences(quire))):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    with Client(router) as client:
+        client.abort(live[0].request_id)
+    text, error = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert text.strip()
+    assert error == "error: the router ended the request before its time\n"
+
+
+def sequences(quire: Quire) -> list[inspection_pb2.Sequence]:
+    request = inspection_pb2.ListSequencesRequest()
+    return list(quire.inspection.ListSequences(request, timeout=5).sequences)
+
+
+@pytest.mark.parametrize(
+    "command", ["up", "demo", "memory", "compute", "router", "generate", "inspect"]
+)
 def test_help_explains_every_flag(command: str) -> None:
     """`--help` ends well and names the configuration file."""
     ended = run(command, "--help")

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from prometheus_client.metrics_core import Metric
+
 VALUES = (0.0005, 0.001, 0.0011, 0.02, 0.5, 2.5, 99.0)
 
 
@@ -98,6 +100,30 @@ def test_a_stopped_endpoint_leaves_its_port_and_no_thread(
         again.start(endpoint.address)
         again.stop()
     assert capfd.readouterr() == ("", "")
+
+
+# What Prometheus 2 and 3 send.
+PROMETHEUS_2 = "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2"
+PROMETHEUS_3 = (
+    "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.2"
+)
+
+
+@pytest.mark.parametrize(
+    "accept", ["", "application/openmetrics-text", "text/plain", PROMETHEUS_2, PROMETHEUS_3]
+)
+def test_a_colon_in_a_name_stays_one(accept: str, endpoint: MetricsEndpoint) -> None:
+    """Names of vLLM have one; whoever scrapes finds it in every line, whatever it accepts."""
+
+    class Collector:
+        def collect(self) -> list[Metric]:
+            return [gauge("vllm:num_requests_running", "Of a test.", 3)]
+
+    endpoint.add(Collector())
+    _, _, body = get(endpoint.address, Accept=accept)
+    assert b"\nvllm:num_requests_running 3.0\n" in body
+    assert b"vllm_" not in body
 
 
 def test_a_client_that_goes_away_is_no_matter(

@@ -55,6 +55,24 @@ def test_an_unknown_name_is_answered_with_the_nearest(
     assert "unknown variable QUIRE_DTPE; did you mean QUIRE_DTYPE?" in refusal(capsys, [])
 
 
+def test_variables_that_kubernetes_makes_are_no_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Pod beside a Service quire-router gets variables about it; one that only looks alike is still refused."""
+    for name, value in {
+        "QUIRE_ROUTER_SERVICE_HOST": "10.0.0.1",
+        "QUIRE_ROUTER_SERVICE_PORT": "7071",
+        "QUIRE_ROUTER_SERVICE_PORT_GRPC": "7071",
+        "QUIRE_ROUTER_PORT": "tcp://10.0.0.1:7071",
+        "QUIRE_ROUTER_PORT_7071_TCP": "tcp://10.0.0.1:7071",
+        "QUIRE_ROUTER_PORT_7071_TCP_ADDR": "10.0.0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert load(ComputeSettings, [], prog="quire compute").model == "demo"
+    monkeypatch.setenv("QUIRE_ROUTER_PORT", "7071")
+    assert "unknown variable QUIRE_ROUTER_PORT;" in refusal(capsys, [])
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
