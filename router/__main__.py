@@ -70,21 +70,37 @@ async def _serve_node(
     # It answers before there is an engine: that it waits for one is no reason to start it again.
     await server.start()
     await reporter.set_started()
-    node = await _connect_or_stop(settings, stop)
-    if node is None:
+    try:
+        node = await _connect_or_stop(settings, stop)
+        if node is not None:
+            _add_metrics(metrics, node, settings)
+            servicer.serve(node)
+            _logger.info(
+                "serving",
+                addresses=addresses,
+                metrics=metrics.address,
+                model=node.served_model_name,
+            )
+            await _run(node, server, reporter, stop, settings.shutdown_grace_s)
+    finally:
+        # One that still runs when its loop ends leaves a trace on the user's screen.
         await server.stop(grace=None)
-        return
-    _add_metrics(metrics, node, settings)
-    servicer.serve(node)
+
+
+async def _run(
+    node: Node,
+    server: grpc.aio.Server,
+    reporter: serving.HealthReporter,
+    stop: asyncio.Event,
+    grace_s: float,
+) -> None:
+    """Run steps until `stop`, then drain."""
     steps = asyncio.create_task(node.run())
     steps.add_done_callback(lambda _: stop.set())
     await reporter.set_serving(serving=True)
-    _logger.info(
-        "serving", addresses=addresses, metrics=metrics.address, model=node.served_model_name
-    )
     await stop.wait()
     await reporter.set_serving(serving=False)
-    await node.drain(settings.shutdown_grace_s)
+    await node.drain(grace_s)
     await server.stop(grace=1.0)
     steps.cancel()
     with suppress(asyncio.CancelledError):
