@@ -80,7 +80,9 @@ def request(name: str, num_tokens: int = 60, **fields: Any) -> pb.GenerateReques
 
 def requests_that_end() -> list[pb.GenerateRequest]:
     """To their length, at a stop token, with several samples; the same prompt twice."""
-    stopping = request("stops", logit_bias=[pb.LogitBias(token_id=FAVOURITE, bias=100)])
+    # Before min_tokens its favourite is out of reach, and it would sample anything.
+    biases = [pb.LogitBias(token_id=FAVOURITE, bias=100), pb.LogitBias(token_id=POISON, bias=-100)]
+    stopping = request("stops", logit_bias=biases)
     stopping.stopping.stop_token_ids.append(FAVOURITE)
     stopping.stopping.min_tokens = 5
     again = request("again", 3)
