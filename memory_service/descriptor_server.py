@@ -74,7 +74,8 @@ class DescriptorServer:
         if peer_uid(connection) != os.geteuid():
             return "only processes of the memory service's own user get the descriptor"
         loop = asyncio.get_running_loop()
-        line = await asyncio.wait_for(loop.sock_recv(connection, MAX_LINE_BYTES), _LINE_TIMEOUT_S)
+        async with asyncio.timeout(_LINE_TIMEOUT_S):
+            line = await loop.sock_recv(connection, MAX_LINE_BYTES)
         pool = self._registry.redeem(line.decode(errors="replace").strip())
         if pool is None:
             return "the ticket is unknown, used or too old"

@@ -118,7 +118,8 @@ class Node:
         """Take no more requests, let the live ones end for `grace_s` seconds, then cancel them."""
         self.is_draining = True
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._until_idle(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._until_idle()
         for request in self.scheduler.requests:
             self.abort(request)
 

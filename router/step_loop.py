@@ -87,7 +87,8 @@ class StepLoop:
             ran = await self.step()
             if not ran and not self._scheduler.owes_memory:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), _REFUSED_WAIT_S)
+                    async with asyncio.timeout(_REFUSED_WAIT_S):
+                        await self._wake.wait()
 
     async def step(self) -> bool:
         """One step; whether it ran anything."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from array import array
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,17 +10,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from simulated_node import POISON, SimulatedDevice, SimulatedMemory, next_token
+from simulated_requests import CollectingSink, make_request
 
 from memory_service.integrity import check_integrity
-from quire.errors import QueueFull, QuireError, RequestIdInUse, StepFailed
+from quire.errors import QueueFull, RequestIdInUse, StepFailed
 from router.preemption import choose_victims
-from router.request import Finish, FinishReason, Request, Sequence, first_sequence
+from router.request import FinishReason, Request, Sequence, first_sequence
 from router.requests import RequestTable
-from router.sampling_params import SamplingParams, StoppingCriteria
 from router.scheduler import Scheduler, SchedulerLimits
 from router.step import StepFailure, StepResult
 from router.tally import Tally
-from router.text_output import OutputDelta, TextOutput
 
 if TYPE_CHECKING:
     from router.step import StepBatch
@@ -30,58 +28,6 @@ SIZE = 4
 NUM_BLOCKS = 15
 NUM_ROWS = 6
 MAX_STEPS = 2000
-
-
-class SilentDecoder:
-    """Text is not what these tests look at."""
-
-    def step(self, token_id: int) -> str:
-        return "x"
-
-    def flush(self) -> str:
-        return ""
-
-
-class CollectingSink:
-    """Keeps every event of a request."""
-
-    def __init__(self) -> None:
-        self.token_ids: dict[int, list[int]] = {}
-        self.finishes: dict[int, Finish] = {}
-        self.errors: list[QuireError] = []
-
-    def delta(self, sample_index: int, delta: OutputDelta) -> None:
-        assert sample_index not in self.finishes
-        self.token_ids.setdefault(sample_index, []).extend(delta.token_ids)
-
-    def finished(self, finish: Finish) -> None:
-        assert finish.sample_index not in self.finishes
-        self.finishes[finish.sample_index] = finish
-
-    def failed(self, error: QuireError) -> None:
-        self.errors.append(error)
-
-
-def make_request(
-    request_id: str,
-    prompt: list[int],
-    max_tokens: int = 5,
-    num_samples: int = 1,
-    priority: int = 0,
-) -> Request:
-    return Request(
-        request_id=request_id,
-        prompt_token_ids=array("i", prompt),
-        sampling=SamplingParams(num_samples=num_samples),
-        stopping=StoppingCriteria(),
-        seed=0,
-        max_tokens=max_tokens,
-        end_token_ids=frozenset(),
-        eos_token_ids=frozenset(),
-        priority=priority,
-        sink=CollectingSink(),
-        new_output=lambda: TextOutput(SilentDecoder(), (), include_stop_string=False),
-    )
 
 
 def make_scheduler(

@@ -68,7 +68,11 @@ class LocalPods:
             assert process.poll() is None, f"{container.name} ended by itself"
         finally:
             process.send_signal(signal.SIGTERM)
-            status = process.wait(_seconds_to_stop(container))
+            try:
+                status = process.wait(_seconds_to_stop(container))
+            finally:
+                process.kill()
+                process.wait()
         assert status == 0, container.name
 
     def run(self, container: Container) -> subprocess.CompletedProcess[str]:

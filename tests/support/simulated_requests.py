@@ -1,0 +1,65 @@
+"""Requests without a client: what they were sent is kept."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from router.request import Finish, Request
+from router.sampling_params import SamplingParams, StoppingCriteria
+from router.text_output import OutputDelta, TextOutput
+
+if TYPE_CHECKING:
+    from quire.errors import QuireError
+
+
+class SilentDecoder:
+    """Text is not what these tests look at."""
+
+    def step(self, token_id: int) -> str:
+        return "x"
+
+    def flush(self) -> str:
+        return ""
+
+
+class CollectingSink:
+    """Keeps every event of a request."""
+
+    def __init__(self) -> None:
+        self.token_ids: dict[int, list[int]] = {}
+        self.finishes: dict[int, Finish] = {}
+        self.errors: list[QuireError] = []
+
+    def delta(self, sample_index: int, delta: OutputDelta) -> None:
+        assert sample_index not in self.finishes
+        self.token_ids.setdefault(sample_index, []).extend(delta.token_ids)
+
+    def finished(self, finish: Finish) -> None:
+        assert finish.sample_index not in self.finishes
+        self.finishes[finish.sample_index] = finish
+
+    def failed(self, error: QuireError) -> None:
+        self.errors.append(error)
+
+
+def make_request(
+    request_id: str,
+    prompt: list[int],
+    max_tokens: int = 5,
+    num_samples: int = 1,
+    priority: int = 0,
+) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=array("i", prompt),
+        sampling=SamplingParams(num_samples=num_samples),
+        stopping=StoppingCriteria(),
+        seed=0,
+        max_tokens=max_tokens,
+        end_token_ids=frozenset(),
+        eos_token_ids=frozenset(),
+        priority=priority,
+        sink=CollectingSink(),
+        new_output=lambda: TextOutput(SilentDecoder(), (), include_stop_string=False),
+    )
