@@ -17,6 +17,9 @@
     ├── NoPool                    UNAVAILABLE          no pool was attached yet
     ├── SequenceNotFound          NOT_FOUND            no sequence has this id
     ├── TooManySequences          RESOURCE_EXHAUSTED   as many sequences as allowed are held
+    ├── BlockNotFound             NOT_FOUND            no block has this id
+    ├── QuotaExceeded             RESOURCE_EXHAUSTED   needs more blocks than the tenant's hard quota
+    ├── Unauthenticated           UNAUTHENTICATED      credentials missing, doubled or unknown
     └── InternalError             INTERNAL             a defect of the service
 
 The module knows neither gRPC nor the stubs, so the pure cores may raise from it; `quire.rpc_status` turns an exception
@@ -53,6 +56,9 @@ class ErrorReason(StrEnum):
     SEQUENCE_NOT_FOUND = "SEQUENCE_NOT_FOUND"
     TOO_MANY_SEQUENCES = "TOO_MANY_SEQUENCES"
     INTERNAL = "INTERNAL"
+    BLOCK_NOT_FOUND = "BLOCK_NOT_FOUND"
+    QUOTA_EXCEEDED = "QUOTA_EXCEEDED"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +204,27 @@ class TooManySequences(QuireError):
 
     code = "RESOURCE_EXHAUSTED"
     reason = ErrorReason.TOO_MANY_SEQUENCES
+
+
+class BlockNotFound(QuireError):
+    """No block has this id."""
+
+    code = "NOT_FOUND"
+    reason = ErrorReason.BLOCK_NOT_FOUND
+
+
+class QuotaExceeded(QuireError):
+    """The request needs more blocks than its tenant's hard quota."""
+
+    code = "RESOURCE_EXHAUSTED"
+    reason = ErrorReason.QUOTA_EXCEEDED
+
+
+class Unauthenticated(QuireError):
+    """The call's credentials are missing, doubled or unknown."""
+
+    code = "UNAUTHENTICATED"
+    reason = ErrorReason.UNAUTHENTICATED
 
 
 class InternalError(QuireError):

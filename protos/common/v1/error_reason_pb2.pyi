@@ -82,6 +82,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 17
     """A defect of this service. Code INTERNAL; metadata `error_id` finds the trace in the service's log."""
+    ERROR_REASON_BLOCK_NOT_FOUND: _ErrorReason.ValueType  # 18
+    """No block has this id. Code NOT_FOUND; metadata `block_id`, `num_blocks`."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 19
+    """The request needs more blocks than its tenant's hard quota allows. Code RESOURCE_EXHAUSTED; metadata `tenant`. The
+    caller asks for less, or the operator raises the quota.
+    """
+    ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 20
+    """The call's credentials are missing, doubled or unknown. Code UNAUTHENTICATED. The caller corrects them."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason is the machine-readable cause of a failed call. It travels as `reason` (the name without the prefix
@@ -149,4 +157,12 @@ ERROR_REASON_TOO_MANY_SEQUENCES: ErrorReason.ValueType  # 16
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 17
 """A defect of this service. Code INTERNAL; metadata `error_id` finds the trace in the service's log."""
+ERROR_REASON_BLOCK_NOT_FOUND: ErrorReason.ValueType  # 18
+"""No block has this id. Code NOT_FOUND; metadata `block_id`, `num_blocks`."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 19
+"""The request needs more blocks than its tenant's hard quota allows. Code RESOURCE_EXHAUSTED; metadata `tenant`. The
+caller asks for less, or the operator raises the quota.
+"""
+ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 20
+"""The call's credentials are missing, doubled or unknown. Code UNAUTHENTICATED. The caller corrects them."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -22,35 +22,94 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/memory/v1/inspection.proto\x12\x0fquire.memory.v1\"\x10\n\x0eGetPoolRequest\"\xe1\x03\n\x0fGetPoolResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12\x17\n\x0fnum_free_blocks\x18\x05 \x01(\x05\x12\x19\n\x11num_cached_blocks\x18\x06 \x01(\x05\x12\x17\n\x0fnum_used_blocks\x18\x07 \x01(\x05\x12\x19\n\x11num_shared_blocks\x18\x08 \x01(\x05\x12\x19\n\x11num_pinned_blocks\x18\t \x01(\x05\x12\x10\n\x08size_mib\x18\n \x01(\x01\x12\x11\n\tblock_mib\x18\x0b \x01(\x01\x12\x15\n\rnum_sequences\x18\x0c \x01(\x05\x12\x1f\n\x17num_prefix_query_tokens\x18\r \x01(\t\x12\x1d\n\x15num_prefix_hit_tokens\x18\x0e \x01(\t\x12\x15\n\rnum_evictions\x18\x0f \x01(\t\x12\x14\n\x0cnum_sessions\x18\x10 \x01(\x05\x12\x19\n\x11writer_generation\x18\x11 \x01(\t\x12\x14\n\x0cwriter_alive\x18\x12 \x01(\x08\x12\x13\n\x0bknown_costs\x18\x13 \x03(\t\x12\x11\n\tplacement\x18\x14 \x01(\t\"=\n\x14ListSequencesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"p\n\x15ListSequencesResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"\xca\x01\n\x08Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\x0b\n\x03row\x18\x04 \x01(\x05\x12\x13\n\x0bincarnation\x18\x05 \x01(\x05\x12\x1b\n\x13num_computed_tokens\x18\x06 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\x05\x12\x12\n\nnum_blocks\x18\x08 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\t \x01(\x01\")\n\x12GetSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"\x86\x01\n\x13GetSequenceResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x30\n\x0b\x62lock_table\x18\x03 \x03(\x0b\x32\x1b.quire.memory.v1.TableEntry\"U\n\nTableEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12\x11\n\tref_count\x18\x02 \x01(\x05\x12\x0e\n\x06sealed\x18\x03 \x01(\x08\x12\x12\n\nblock_hash\x18\x04 \x01(\t\"\x17\n\x15\x43heckIntegrityRequest\"<\n\x16\x43heckIntegrityResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x10\n\x08\x66indings\x18\x02 \x03(\t2\xfe\x02\n\x11InspectionService\x12L\n\x07GetPool\x12\x1f.quire.memory.v1.GetPoolRequest\x1a .quire.memory.v1.GetPoolResponse\x12^\n\rListSequences\x12%.quire.memory.v1.ListSequencesRequest\x1a&.quire.memory.v1.ListSequencesResponse\x12X\n\x0bGetSequence\x12#.quire.memory.v1.GetSequenceRequest\x1a$.quire.memory.v1.GetSequenceResponse\x12\x61\n\x0e\x43heckIntegrity\x12&.quire.memory.v1.CheckIntegrityRequest\x1a\'.quire.memory.v1.CheckIntegrityResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/memory/v1/inspection.proto\x12\x0fquire.memory.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x16\n\x0eGetPoolRequestJ\x04\x08\x01\x10\x02\"\xd7\x05\n\x0fGetPoolResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x0f\n\x07pool_id\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12\x17\n\x0fnum_free_blocks\x18\x05 \x01(\x05\x12\x19\n\x11num_cached_blocks\x18\x06 \x01(\x05\x12\x17\n\x0fnum_used_blocks\x18\x07 \x01(\x05\x12\x19\n\x11num_shared_blocks\x18\x08 \x01(\x05\x12\x19\n\x11num_pinned_blocks\x18\t \x01(\x05\x12\x10\n\x08size_mib\x18\n \x01(\x01\x12\x11\n\tblock_mib\x18\x0b \x01(\x01\x12\x15\n\rnum_sequences\x18\x0c \x01(\x05\x12\x1f\n\x17num_prefix_query_tokens\x18\r \x01(\t\x12\x1d\n\x15num_prefix_hit_tokens\x18\x0e \x01(\t\x12\x15\n\rnum_evictions\x18\x0f \x01(\t\x12\x14\n\x0cnum_sessions\x18\x10 \x01(\x05\x12\x19\n\x11writer_generation\x18\x11 \x01(\t\x12\x14\n\x0cwriter_alive\x18\x12 \x01(\x08\x12\x13\n\x0bknown_costs\x18\x13 \x03(\t\x12\x11\n\tplacement\x18\x14 \x01(\t\x12\r\n\x05\x65poch\x18\x15 \x01(\t\x12\x10\n\x08hit_rate\x18\x16 \x01(\x01\x12\x17\n\x0fnum_token_slots\x18\x17 \x01(\t\x12\x1a\n\x12num_reserved_slots\x18\x18 \x01(\t\x12\x18\n\x10num_unused_slots\x18\x19 \x01(\t\x12\x1b\n\x13num_retained_blocks\x18\x1a \x01(\x05\x12\x1e\n\x16num_partial_hit_tokens\x18\x1b \x01(\t\x12\x1f\n\x17num_deduplicated_blocks\x18\x1c \x01(\t\x12\x0f\n\x07\x64urable\x18\x1d \x01(\x08\x12\x0f\n\x07log_mib\x18\x1e \x01(\x01J\x04\x08\x1f\x10(\"e\n\x14ListSequencesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x12\n\nsession_id\x18\x04 \x01(\t\"p\n\x15ListSequencesResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12,\n\tsequences\x18\x02 \x03(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\"\xda\x01\n\x08Sequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\x0b\n\x03row\x18\x04 \x01(\x05\x12\x13\n\x0bincarnation\x18\x05 \x01(\x05\x12\x1b\n\x13num_computed_tokens\x18\x06 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x07 \x01(\x05\x12\x12\n\nnum_blocks\x18\x08 \x01(\x05\x12\x13\n\x0b\x61ge_seconds\x18\t \x01(\x01\x12\x0e\n\x06tenant\x18\n \x01(\t\")\n\x12GetSequenceRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\"\x86\x01\n\x13GetSequenceResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12+\n\x08sequence\x18\x02 \x01(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x30\n\x0b\x62lock_table\x18\x03 \x03(\x0b\x32\x1b.quire.memory.v1.TableEntry\"U\n\nTableEntry\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12\x11\n\tref_count\x18\x02 \x01(\x05\x12\x0e\n\x06sealed\x18\x03 \x01(\x08\x12\x12\n\nblock_hash\x18\x04 \x01(\t\"\xd9\x01\n\x11ListBlocksRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.quire.memory.v1.BlockState\x12\x15\n\rmin_ref_count\x18\x04 \x01(\x05\x12\x19\n\x11\x62lock_hash_prefix\x18\x05 \x01(\t\x12\x13\n\x0bsequence_id\x18\x06 \x01(\t\x12\x10\n\x08retained\x18\x07 \x01(\x08\x12\x18\n\x10min_idle_seconds\x18\x08 \x01(\x01\"|\n\x12ListBlocksResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12&\n\x06\x62locks\x18\x02 \x03(\x0b\x32\x16.quire.memory.v1.Block\x12\x17\n\x0fnext_page_token\x18\x03 \x01(\t\x12\x13\n\x0bnum_matches\x18\x04 \x01(\x05\"\xee\x01\n\x05\x42lock\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.quire.memory.v1.BlockState\x12\x11\n\tref_count\x18\x03 \x01(\x05\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\x12\x0e\n\x06sealed\x18\x05 \x01(\x08\x12\x12\n\nblock_hash\x18\x06 \x01(\t\x12\x12\n\ngeneration\x18\x07 \x01(\t\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x14\n\x0cidle_seconds\x18\t \x01(\x01\x12\x14\n\x0cretention_id\x18\n \x01(\t\x12\x10\n\x08priority\x18\x0b \x01(\x05\"#\n\x0fGetBlockRequest\x12\x10\n\x08\x62lock_id\x18\x01 \x01(\x05\"z\n\x10GetBlockResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12%\n\x05\x62lock\x18\x02 \x01(\x0b\x32\x16.quire.memory.v1.Block\x12-\n\x07holders\x18\x03 \x03(\x0b\x32\x1c.quire.memory.v1.BlockHolder\"Y\n\x0b\x42lockHolder\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12\r\n\x05index\x18\x04 \x01(\x05\"\x14\n\x12ListTenantsRequest\"Q\n\x13ListTenantsResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12(\n\x07tenants\x18\x02 \x03(\x0b\x32\x17.quire.memory.v1.Tenant\"\xca\x01\n\x06Tenant\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x05\x12\x19\n\x11num_cached_blocks\x18\x03 \x01(\x05\x12\x15\n\rnum_sequences\x18\x04 \x01(\x05\x12\x1e\n\x11soft_quota_blocks\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x1e\n\x11hard_quota_blocks\x18\x06 \x01(\x05H\x01\x88\x01\x01\x42\x14\n\x12_soft_quota_blocksB\x14\n\x12_hard_quota_blocks\"\x17\n\x15ListRetentionsRequest\"\x98\x01\n\x16ListRetentionsResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12.\n\nretentions\x18\x02 \x03(\x0b\x32\x1a.quire.memory.v1.Retention\x12<\n\x12published_prefixes\x18\x03 \x03(\x0b\x32 .quire.memory.v1.PublishedPrefix\"\x8e\x01\n\tRetention\x12\x14\n\x0cretention_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\x12\x12\n\nnum_blocks\x18\x04 \x01(\x05\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampJ\x04\x08\x06\x10\x07\"T\n\x0fPublishedPrefix\x12\x11\n\tprefix_id\x18\x01 \x01(\t\x12\x12\n\nnum_tokens\x18\x02 \x01(\x05\x12\x1a\n\x12num_present_blocks\x18\x03 \x01(\x05\"\'\n\x12ProbePrefixRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\"\x98\x01\n\x13ProbePrefixResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x19\n\x11num_cached_tokens\x18\x02 \x01(\x05\x12\x19\n\x11num_shared_tokens\x18\x03 \x01(\x05\x12\x19\n\x11num_needed_blocks\x18\x04 \x01(\x05\x12\x1e\n\x16num_in_progress_tokens\x18\x05 \x01(\x05\"I\n\x0e\x45xplainRequest\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\x15\n\x08\x62lock_id\x18\x02 \x01(\x05H\x00\x88\x01\x01\x42\x0b\n\t_block_id\"W\n\x0f\x45xplainResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x32\n\x0c\x65xplanations\x18\x02 \x03(\x0b\x32\x1c.quire.memory.v1.Explanation\"\xbb\x02\n\x0b\x45xplanation\x12+\n\x04kind\x18\x01 \x01(\x0e\x32\x1d.quire.memory.v1.DecisionKind\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12(\n\x04time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tnum_times\x18\x05 \x01(\t\x12\x13\n\x0bsequence_id\x18\x06 \x01(\t\x12\x1e\n\x11num_needed_blocks\x18\x07 \x01(\x05H\x00\x88\x01\x01\x12!\n\x14num_available_blocks\x18\x08 \x01(\x05H\x01\x88\x01\x01\x12\x19\n\x11\x63\x61use_sequence_id\x18\t \x01(\tB\x14\n\x12_num_needed_blocksB\x17\n\x15_num_available_blocks\"\x17\n\x15\x43heckIntegrityRequest\"<\n\x16\x43heckIntegrityResponse\x12\x10\n\x08revision\x18\x01 \x01(\t\x12\x10\n\x08\x66indings\x18\x02 \x03(\t\"$\n\x0cWatchRequest\x12\x14\n\x0cresume_token\x18\x01 \x01(\t\"\xe3\x01\n\rWatchResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0cresume_token\x18\x03 \x01(\t\x12\x32\n\x08snapshot\x18\x04 \x01(\x0b\x32\x1e.quire.memory.v1.WatchSnapshotH\x00\x12,\n\x05\x64\x65lta\x18\x05 \x01(\x0b\x32\x1b.quire.memory.v1.WatchDeltaH\x00\x12.\n\x06missed\x18\x06 \x01(\x0b\x32\x1c.quire.memory.v1.WatchMissedH\x00\x42\t\n\x07\x63ontent\"\xec\x01\n\rWatchSnapshot\x12-\n\nblock_runs\x18\x01 \x03(\x0b\x32\x19.quire.memory.v1.BlockRun\x12\x33\n\tsequences\x18\x02 \x03(\x0b\x32 .quire.memory.v1.WatchedSequence\x12+\n\x06\x63ounts\x18\x03 \x01(\x0b\x32\x1b.quire.memory.v1.PoolCounts\x12(\n\x07tenants\x18\x04 \x03(\x0b\x32\x17.quire.memory.v1.Tenant\x12\x0c\n\x04last\x18\x05 \x01(\x08\x12\x12\n\nblock_size\x18\x06 \x01(\x05\"u\n\x08\x42lockRun\x12\x16\n\x0e\x66irst_block_id\x18\x01 \x01(\x05\x12\x12\n\nnum_blocks\x18\x02 \x01(\x05\x12*\n\x05state\x18\x03 \x01(\x0e\x32\x1b.quire.memory.v1.BlockState\x12\x11\n\tref_count\x18\x04 \x01(\x05\"S\n\x0fWatchedSequence\x12+\n\x08sequence\x18\x01 \x01(\x0b\x32\x19.quire.memory.v1.Sequence\x12\x13\n\x0b\x62lock_table\x18\x02 \x03(\x05\"\xdb\x01\n\nPoolCounts\x12\x12\n\nnum_blocks\x18\x01 \x01(\x05\x12\x17\n\x0fnum_free_blocks\x18\x02 \x01(\x05\x12\x19\n\x11num_cached_blocks\x18\x03 \x01(\x05\x12\x17\n\x0fnum_used_blocks\x18\x04 \x01(\x05\x12\x15\n\rnum_sequences\x18\x05 \x01(\x05\x12\x1f\n\x17num_prefix_query_tokens\x18\x06 \x01(\t\x12\x1d\n\x15num_prefix_hit_tokens\x18\x07 \x01(\t\x12\x15\n\rnum_evictions\x18\x08 \x01(\t\"\xac\x04\n\nWatchDelta\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x0c\n\x04step\x18\x03 \x01(\t\x12-\n\x05\x65nded\x18\x04 \x03(\x0b\x32\x1e.quire.memory.v1.EndedSequence\x12\x31\n\x07started\x18\x05 \x03(\x0b\x32 .quire.memory.v1.WatchedSequence\x12\x17\n\x0fprogressed_rows\x18\x06 \x03(\x05\x12&\n\x1eprogressed_num_computed_tokens\x18\x07 \x03(\x05\x12\x12\n\ntable_rows\x18\x08 \x03(\x05\x12\x15\n\rtable_indexes\x18\t \x03(\x05\x12\x17\n\x0ftable_block_ids\x18\n \x03(\x05\x12\x19\n\x11\x63hanged_block_ids\x18\x0b \x03(\x05\x12\x33\n\x0e\x63hanged_states\x18\x0c \x03(\x0e\x32\x1b.quire.memory.v1.BlockState\x12\x1a\n\x12\x63hanged_ref_counts\x18\r \x03(\x05\x12\x19\n\x11\x65victed_block_ids\x18\x0e \x03(\x05\x12+\n\x06\x63ounts\x18\x0f \x01(\x0b\x32\x1b.quire.memory.v1.PoolCounts\x12(\n\x07tenants\x18\x10 \x03(\x0b\x32\x17.quire.memory.v1.Tenant\x12\r\n\x05\x65vent\x18\x11 \x01(\t\"A\n\rEndedSequence\x12\x0b\n\x03row\x18\x01 \x01(\x05\x12\x13\n\x0bsequence_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"$\n\x0bWatchMissed\x12\x15\n\rlast_revision\x18\x01 \x01(\t*\x83\x01\n\nBlockState\x12\x1b\n\x17\x42LOCK_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10\x42LOCK_STATE_FREE\x10\x01\x12\x16\n\x12\x42LOCK_STATE_CACHED\x10\x02\x12\x14\n\x10\x42LOCK_STATE_USED\x10\x03\x12\x14\n\x10\x42LOCK_STATE_NULL\x10\x04*\xb8\x01\n\x0c\x44\x65\x63isionKind\x12\x1d\n\x19\x44\x45\x43ISION_KIND_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x45\x43ISION_KIND_ADMITTED\x10\x01\x12\x19\n\x15\x44\x45\x43ISION_KIND_REFUSED\x10\x02\x12\x1b\n\x17\x44\x45\x43ISION_KIND_PREEMPTED\x10\x03\x12\x1a\n\x16\x44\x45\x43ISION_KIND_RELEASED\x10\x04\x12\x19\n\x15\x44\x45\x43ISION_KIND_EVICTED\x10\x05\x32\xd5\x07\n\x11InspectionService\x12L\n\x07GetPool\x12\x1f.quire.memory.v1.GetPoolRequest\x1a .quire.memory.v1.GetPoolResponse\x12^\n\rListSequences\x12%.quire.memory.v1.ListSequencesRequest\x1a&.quire.memory.v1.ListSequencesResponse\x12X\n\x0bGetSequence\x12#.quire.memory.v1.GetSequenceRequest\x1a$.quire.memory.v1.GetSequenceResponse\x12U\n\nListBlocks\x12\".quire.memory.v1.ListBlocksRequest\x1a#.quire.memory.v1.ListBlocksResponse\x12O\n\x08GetBlock\x12 .quire.memory.v1.GetBlockRequest\x1a!.quire.memory.v1.GetBlockResponse\x12X\n\x0bListTenants\x12#.quire.memory.v1.ListTenantsRequest\x1a$.quire.memory.v1.ListTenantsResponse\x12\x61\n\x0eListRetentions\x12&.quire.memory.v1.ListRetentionsRequest\x1a\'.quire.memory.v1.ListRetentionsResponse\x12X\n\x0bProbePrefix\x12#.quire.memory.v1.ProbePrefixRequest\x1a$.quire.memory.v1.ProbePrefixResponse\x12L\n\x07\x45xplain\x12\x1f.quire.memory.v1.ExplainRequest\x1a .quire.memory.v1.ExplainResponse\x12\x61\n\x0e\x43heckIntegrity\x12&.quire.memory.v1.CheckIntegrityRequest\x1a\'.quire.memory.v1.CheckIntegrityResponse\x12H\n\x05Watch\x12\x1d.quire.memory.v1.WatchRequest\x1a\x1e.quire.memory.v1.WatchResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.memory.v1.inspection_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GETPOOLREQUEST']._serialized_start=54
-  _globals['_GETPOOLREQUEST']._serialized_end=70
-  _globals['_GETPOOLRESPONSE']._serialized_start=73
-  _globals['_GETPOOLRESPONSE']._serialized_end=554
-  _globals['_LISTSEQUENCESREQUEST']._serialized_start=556
-  _globals['_LISTSEQUENCESREQUEST']._serialized_end=617
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=619
-  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=731
-  _globals['_SEQUENCE']._serialized_start=734
-  _globals['_SEQUENCE']._serialized_end=936
-  _globals['_GETSEQUENCEREQUEST']._serialized_start=938
-  _globals['_GETSEQUENCEREQUEST']._serialized_end=979
-  _globals['_GETSEQUENCERESPONSE']._serialized_start=982
-  _globals['_GETSEQUENCERESPONSE']._serialized_end=1116
-  _globals['_TABLEENTRY']._serialized_start=1118
-  _globals['_TABLEENTRY']._serialized_end=1203
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=1205
-  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=1228
-  _globals['_CHECKINTEGRITYRESPONSE']._serialized_start=1230
-  _globals['_CHECKINTEGRITYRESPONSE']._serialized_end=1290
-  _globals['_INSPECTIONSERVICE']._serialized_start=1293
-  _globals['_INSPECTIONSERVICE']._serialized_end=1675
+  _globals['_BLOCKSTATE']._serialized_start=5469
+  _globals['_BLOCKSTATE']._serialized_end=5600
+  _globals['_DECISIONKIND']._serialized_start=5603
+  _globals['_DECISIONKIND']._serialized_end=5787
+  _globals['_GETPOOLREQUEST']._serialized_start=87
+  _globals['_GETPOOLREQUEST']._serialized_end=109
+  _globals['_GETPOOLRESPONSE']._serialized_start=112
+  _globals['_GETPOOLRESPONSE']._serialized_end=839
+  _globals['_LISTSEQUENCESREQUEST']._serialized_start=841
+  _globals['_LISTSEQUENCESREQUEST']._serialized_end=942
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_start=944
+  _globals['_LISTSEQUENCESRESPONSE']._serialized_end=1056
+  _globals['_SEQUENCE']._serialized_start=1059
+  _globals['_SEQUENCE']._serialized_end=1277
+  _globals['_GETSEQUENCEREQUEST']._serialized_start=1279
+  _globals['_GETSEQUENCEREQUEST']._serialized_end=1320
+  _globals['_GETSEQUENCERESPONSE']._serialized_start=1323
+  _globals['_GETSEQUENCERESPONSE']._serialized_end=1457
+  _globals['_TABLEENTRY']._serialized_start=1459
+  _globals['_TABLEENTRY']._serialized_end=1544
+  _globals['_LISTBLOCKSREQUEST']._serialized_start=1547
+  _globals['_LISTBLOCKSREQUEST']._serialized_end=1764
+  _globals['_LISTBLOCKSRESPONSE']._serialized_start=1766
+  _globals['_LISTBLOCKSRESPONSE']._serialized_end=1890
+  _globals['_BLOCK']._serialized_start=1893
+  _globals['_BLOCK']._serialized_end=2131
+  _globals['_GETBLOCKREQUEST']._serialized_start=2133
+  _globals['_GETBLOCKREQUEST']._serialized_end=2168
+  _globals['_GETBLOCKRESPONSE']._serialized_start=2170
+  _globals['_GETBLOCKRESPONSE']._serialized_end=2292
+  _globals['_BLOCKHOLDER']._serialized_start=2294
+  _globals['_BLOCKHOLDER']._serialized_end=2383
+  _globals['_LISTTENANTSREQUEST']._serialized_start=2385
+  _globals['_LISTTENANTSREQUEST']._serialized_end=2405
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=2407
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=2488
+  _globals['_TENANT']._serialized_start=2491
+  _globals['_TENANT']._serialized_end=2693
+  _globals['_LISTRETENTIONSREQUEST']._serialized_start=2695
+  _globals['_LISTRETENTIONSREQUEST']._serialized_end=2718
+  _globals['_LISTRETENTIONSRESPONSE']._serialized_start=2721
+  _globals['_LISTRETENTIONSRESPONSE']._serialized_end=2873
+  _globals['_RETENTION']._serialized_start=2876
+  _globals['_RETENTION']._serialized_end=3018
+  _globals['_PUBLISHEDPREFIX']._serialized_start=3020
+  _globals['_PUBLISHEDPREFIX']._serialized_end=3104
+  _globals['_PROBEPREFIXREQUEST']._serialized_start=3106
+  _globals['_PROBEPREFIXREQUEST']._serialized_end=3145
+  _globals['_PROBEPREFIXRESPONSE']._serialized_start=3148
+  _globals['_PROBEPREFIXRESPONSE']._serialized_end=3300
+  _globals['_EXPLAINREQUEST']._serialized_start=3302
+  _globals['_EXPLAINREQUEST']._serialized_end=3375
+  _globals['_EXPLAINRESPONSE']._serialized_start=3377
+  _globals['_EXPLAINRESPONSE']._serialized_end=3464
+  _globals['_EXPLANATION']._serialized_start=3467
+  _globals['_EXPLANATION']._serialized_end=3782
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_start=3784
+  _globals['_CHECKINTEGRITYREQUEST']._serialized_end=3807
+  _globals['_CHECKINTEGRITYRESPONSE']._serialized_start=3809
+  _globals['_CHECKINTEGRITYRESPONSE']._serialized_end=3869
+  _globals['_WATCHREQUEST']._serialized_start=3871
+  _globals['_WATCHREQUEST']._serialized_end=3907
+  _globals['_WATCHRESPONSE']._serialized_start=3910
+  _globals['_WATCHRESPONSE']._serialized_end=4137
+  _globals['_WATCHSNAPSHOT']._serialized_start=4140
+  _globals['_WATCHSNAPSHOT']._serialized_end=4376
+  _globals['_BLOCKRUN']._serialized_start=4378
+  _globals['_BLOCKRUN']._serialized_end=4495
+  _globals['_WATCHEDSEQUENCE']._serialized_start=4497
+  _globals['_WATCHEDSEQUENCE']._serialized_end=4580
+  _globals['_POOLCOUNTS']._serialized_start=4583
+  _globals['_POOLCOUNTS']._serialized_end=4802
+  _globals['_WATCHDELTA']._serialized_start=4805
+  _globals['_WATCHDELTA']._serialized_end=5361
+  _globals['_ENDEDSEQUENCE']._serialized_start=5363
+  _globals['_ENDEDSEQUENCE']._serialized_end=5428
+  _globals['_WATCHMISSED']._serialized_start=5430
+  _globals['_WATCHMISSED']._serialized_end=5466
+  _globals['_INSPECTIONSERVICE']._serialized_start=5790
+  _globals['_INSPECTIONSERVICE']._serialized_end=6771
 # @@protoc_insertion_point(module_scope)

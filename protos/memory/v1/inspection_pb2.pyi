@@ -6,7 +6,9 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +19,74 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _BlockState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _BlockStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_BlockState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    BLOCK_STATE_UNSPECIFIED: _BlockState.ValueType  # 0
+    """Never sent; in a filter: any state."""
+    BLOCK_STATE_FREE: _BlockState.ValueType  # 1
+    """It holds nothing."""
+    BLOCK_STATE_CACHED: _BlockState.ValueType  # 2
+    """No sequence holds it, its content can be hit."""
+    BLOCK_STATE_USED: _BlockState.ValueType  # 3
+    """Sequences hold it, or a copy reads it."""
+    BLOCK_STATE_NULL: _BlockState.ValueType  # 4
+    """Block 0, which is never given out: padding is written there."""
+
+class BlockState(_BlockState, metaclass=_BlockStateEnumTypeWrapper):
+    """BlockState is where a block is in its life."""
+
+BLOCK_STATE_UNSPECIFIED: BlockState.ValueType  # 0
+"""Never sent; in a filter: any state."""
+BLOCK_STATE_FREE: BlockState.ValueType  # 1
+"""It holds nothing."""
+BLOCK_STATE_CACHED: BlockState.ValueType  # 2
+"""No sequence holds it, its content can be hit."""
+BLOCK_STATE_USED: BlockState.ValueType  # 3
+"""Sequences hold it, or a copy reads it."""
+BLOCK_STATE_NULL: BlockState.ValueType  # 4
+"""Block 0, which is never given out: padding is written there."""
+Global___BlockState: _TypeAlias = BlockState  # noqa: Y015
+
+class _DecisionKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DecisionKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DecisionKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DECISION_KIND_UNSPECIFIED: _DecisionKind.ValueType  # 0
+    """Never sent."""
+    DECISION_KIND_ADMITTED: _DecisionKind.ValueType  # 1
+    """A sequence was admitted."""
+    DECISION_KIND_REFUSED: _DecisionKind.ValueType  # 2
+    """A waiting or running sequence did not get blocks."""
+    DECISION_KIND_PREEMPTED: _DecisionKind.ValueType  # 3
+    """A running sequence gave its blocks up for others."""
+    DECISION_KIND_RELEASED: _DecisionKind.ValueType  # 4
+    """A sequence was released for another reason."""
+    DECISION_KIND_EVICTED: _DecisionKind.ValueType  # 5
+    """A cached block was given to somebody else."""
+
+class DecisionKind(_DecisionKind, metaclass=_DecisionKindEnumTypeWrapper):
+    """DecisionKind is what was decided."""
+
+DECISION_KIND_UNSPECIFIED: DecisionKind.ValueType  # 0
+"""Never sent."""
+DECISION_KIND_ADMITTED: DecisionKind.ValueType  # 1
+"""A sequence was admitted."""
+DECISION_KIND_REFUSED: DecisionKind.ValueType  # 2
+"""A waiting or running sequence did not get blocks."""
+DECISION_KIND_PREEMPTED: DecisionKind.ValueType  # 3
+"""A running sequence gave its blocks up for others."""
+DECISION_KIND_RELEASED: DecisionKind.ValueType  # 4
+"""A sequence was released for another reason."""
+DECISION_KIND_EVICTED: DecisionKind.ValueType  # 5
+"""A cached block was given to somebody else."""
+Global___DecisionKind: _TypeAlias = DecisionKind  # noqa: Y015
 
 @_typing.final
 class GetPoolRequest(_message.Message):
@@ -61,6 +131,16 @@ class GetPoolResponse(_message.Message):
     WRITER_ALIVE_FIELD_NUMBER: _builtins.int
     KNOWN_COSTS_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    HIT_RATE_FIELD_NUMBER: _builtins.int
+    NUM_TOKEN_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_RESERVED_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_UNUSED_SLOTS_FIELD_NUMBER: _builtins.int
+    NUM_RETAINED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_PARTIAL_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_DEDUPLICATED_BLOCKS_FIELD_NUMBER: _builtins.int
+    DURABLE_FIELD_NUMBER: _builtins.int
+    LOG_MIB_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
     """Revision of the state, rises with every change; opaque."""
     pool_id: _builtins.str
@@ -86,11 +166,11 @@ class GetPoolResponse(_message.Message):
     num_sequences: _builtins.int
     """Live sequences."""
     num_prefix_query_tokens: _builtins.str
-    """Tokens of admitted sequences that were looked up in the prefix cache since start."""
+    """Tokens of admitted sequences that were looked up in the prefix cache since the pool began."""
     num_prefix_hit_tokens: _builtins.str
     """Tokens among them that were found."""
     num_evictions: _builtins.str
-    """Blocks evicted since start."""
+    """Blocks evicted since the pool began."""
     num_sessions: _builtins.int
     """Live sessions."""
     writer_generation: _builtins.str
@@ -101,6 +181,26 @@ class GetPoolResponse(_message.Message):
     """Who holds the pool's bytes: "shared_memory" (the memory service; they outlive the compute service) or "writer" (the
     compute service; they end with it).
     """
+    epoch: _builtins.str
+    """Changes with every pool and whenever a restart lost changes: revisions of two epochs cannot be compared. Opaque."""
+    hit_rate: _builtins.float
+    """Share of `num_prefix_query_tokens` that was found, 0 to 1."""
+    num_token_slots: _builtins.str
+    """Slots that hold a token, summed over all block tables: a shared block counts once for each."""
+    num_reserved_slots: _builtins.str
+    """Slots behind them that are reserved for steps in flight."""
+    num_unused_slots: _builtins.str
+    """Slots behind those, in last blocks: nobody else can use them."""
+    num_retained_blocks: _builtins.int
+    """Blocks whose eviction order a retention raises."""
+    num_partial_hit_tokens: _builtins.str
+    """Tokens among the found ones that came with a copy of a partly matching block."""
+    num_deduplicated_blocks: _builtins.str
+    """Blocks freed because another one with the same content was there already, since the pool began."""
+    durable: _builtins.bool
+    """True when a restart of the memory service finds everything again (`--state-dir`)."""
+    log_mib: _builtins.float
+    """Bytes of the log since its last snapshot, in MiB; 0 when nothing is logged."""
     @_builtins.property
     def known_costs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What this version is known to waste, in full sentences."""
@@ -128,10 +228,20 @@ class GetPoolResponse(_message.Message):
         writer_alive: _builtins.bool = ...,
         known_costs: _abc.Iterable[_builtins.str] | None = ...,
         placement: _builtins.str = ...,
+        epoch: _builtins.str = ...,
+        hit_rate: _builtins.float = ...,
+        num_token_slots: _builtins.str = ...,
+        num_reserved_slots: _builtins.str = ...,
+        num_unused_slots: _builtins.str = ...,
+        num_retained_blocks: _builtins.int = ...,
+        num_partial_hit_tokens: _builtins.str = ...,
+        num_deduplicated_blocks: _builtins.str = ...,
+        durable: _builtins.bool = ...,
+        log_mib: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mib", b"block_mib", "block_size", b"block_size", "known_costs", b"known_costs", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_evictions", b"num_evictions", "num_free_blocks", b"num_free_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_sequences", b"num_sequences", "num_sessions", b"num_sessions", "num_shared_blocks", b"num_shared_blocks", "num_used_blocks", b"num_used_blocks", "placement", b"placement", "pool_id", b"pool_id", "revision", b"revision", "size_mib", b"size_mib", "writer_alive", b"writer_alive", "writer_generation", b"writer_generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_mib", b"block_mib", "block_size", b"block_size", "durable", b"durable", "epoch", b"epoch", "hit_rate", b"hit_rate", "known_costs", b"known_costs", "log_mib", b"log_mib", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_deduplicated_blocks", b"num_deduplicated_blocks", "num_evictions", b"num_evictions", "num_free_blocks", b"num_free_blocks", "num_partial_hit_tokens", b"num_partial_hit_tokens", "num_pinned_blocks", b"num_pinned_blocks", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_reserved_slots", b"num_reserved_slots", "num_retained_blocks", b"num_retained_blocks", "num_sequences", b"num_sequences", "num_sessions", b"num_sessions", "num_shared_blocks", b"num_shared_blocks", "num_token_slots", b"num_token_slots", "num_unused_slots", b"num_unused_slots", "num_used_blocks", b"num_used_blocks", "placement", b"placement", "pool_id", b"pool_id", "revision", b"revision", "size_mib", b"size_mib", "writer_alive", b"writer_alive", "writer_generation", b"writer_generation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -145,19 +255,27 @@ class ListSequencesRequest(_message.Message):
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """Most sequences to return; 0 means 100, more than 1000 means 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty for the first page."""
+    request_id: _builtins.str
+    """Only sequences of this request; empty for all."""
+    session_id: _builtins.str
+    """Only sequences of this session; empty for all."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "request_id", b"request_id", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -210,6 +328,7 @@ class Sequence(_message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     AGE_SECONDS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """Id of the sequence."""
     request_id: _builtins.str
@@ -228,6 +347,8 @@ class Sequence(_message.Message):
     """Blocks in its table."""
     age_seconds: _builtins.float
     """Seconds since its admission."""
+    tenant: _builtins.str
+    """Tenant that it belongs to; empty for the tenant of all who have none."""
     def __init__(
         self,
         *,
@@ -240,10 +361,11 @@ class Sequence(_message.Message):
         num_cached_tokens: _builtins.int = ...,
         num_blocks: _builtins.int = ...,
         age_seconds: _builtins.float = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "num_cached_tokens", b"num_cached_tokens", "num_computed_tokens", b"num_computed_tokens", "request_id", b"request_id", "row", b"row", "sequence_id", b"sequence_id", "session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_seconds", b"age_seconds", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "num_cached_tokens", b"num_cached_tokens", "num_computed_tokens", b"num_computed_tokens", "request_id", b"request_id", "row", b"row", "sequence_id", b"sequence_id", "session_id", b"session_id", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,6 +462,640 @@ class TableEntry(_message.Message):
 Global___TableEntry: _TypeAlias = TableEntry  # noqa: Y015
 
 @_typing.final
+class ListBlocksRequest(_message.Message):
+    """ListBlocksRequest filters and pages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    MIN_REF_COUNT_FIELD_NUMBER: _builtins.int
+    BLOCK_HASH_PREFIX_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    RETAINED_FIELD_NUMBER: _builtins.int
+    MIN_IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Most blocks to return; 0 means 100, more than 1000 means 1000."""
+    page_token: _builtins.str
+    """`next_page_token` of the page before; empty for the first page."""
+    state: Global___BlockState.ValueType
+    """Only blocks in this state; unset for all."""
+    min_ref_count: _builtins.int
+    """Only blocks with at least this reference count."""
+    block_hash_prefix: _builtins.str
+    """Only blocks whose key begins with these hexadecimal digits; empty for all."""
+    sequence_id: _builtins.str
+    """Only blocks in the table of this sequence; empty for all."""
+    retained: _builtins.bool
+    """Only blocks that a retention protects."""
+    min_idle_seconds: _builtins.float
+    """Only blocks that nobody used for so many seconds."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        state: Global___BlockState.ValueType = ...,
+        min_ref_count: _builtins.int = ...,
+        block_hash_prefix: _builtins.str = ...,
+        sequence_id: _builtins.str = ...,
+        retained: _builtins.bool = ...,
+        min_idle_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash_prefix", b"block_hash_prefix", "min_idle_seconds", b"min_idle_seconds", "min_ref_count", b"min_ref_count", "page_size", b"page_size", "page_token", b"page_token", "retained", b"retained", "sequence_id", b"sequence_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBlocksRequest: _TypeAlias = ListBlocksRequest  # noqa: Y015
+
+@_typing.final
+class ListBlocksResponse(_message.Message):
+    """ListBlocksResponse is one page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    NUM_MATCHES_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision of the state the page was taken from."""
+    next_page_token: _builtins.str
+    """Token for the next page; empty on the last one."""
+    num_matches: _builtins.int
+    """Blocks that pass the filters, on all pages."""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Block]:
+        """Blocks, by block id."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        blocks: _abc.Iterable[Global___Block] | None = ...,
+        next_page_token: _builtins.str = ...,
+        num_matches: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "next_page_token", b"next_page_token", "num_matches", b"num_matches", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListBlocksResponse: _TypeAlias = ListBlocksResponse  # noqa: Y015
+
+@_typing.final
+class Block(_message.Message):
+    """Block is `block_size` token slots over all layers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REF_COUNT_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    BLOCK_HASH_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    RETENTION_ID_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    block_id: _builtins.int
+    """The block."""
+    state: Global___BlockState.ValueType
+    """Where it is in its life."""
+    ref_count: _builtins.int
+    """Tables that hold it."""
+    pinned: _builtins.bool
+    """True while a copy that is not acknowledged reads it."""
+    sealed: _builtins.bool
+    """True once it is full and acknowledged: it will not be written again."""
+    block_hash: _builtins.str
+    """Hexadecimal key in the prefix index; empty for a block that is not in it."""
+    generation: _builtins.str
+    """How often the block was given out. A pair of id and generation never means two contents."""
+    tenant: _builtins.str
+    """Tenant whose quota it counts against; of a free block nobody's."""
+    idle_seconds: _builtins.float
+    """Seconds since it was last given out, hit or let go."""
+    retention_id: _builtins.str
+    """Retention that protects it; empty for none."""
+    priority: _builtins.int
+    """Priority of that retention; the higher, the later it is evicted. 0 without one."""
+    def __init__(
+        self,
+        *,
+        block_id: _builtins.int = ...,
+        state: Global___BlockState.ValueType = ...,
+        ref_count: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
+        sealed: _builtins.bool = ...,
+        block_hash: _builtins.str = ...,
+        generation: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        idle_seconds: _builtins.float = ...,
+        retention_id: _builtins.str = ...,
+        priority: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "block_id", b"block_id", "generation", b"generation", "idle_seconds", b"idle_seconds", "pinned", b"pinned", "priority", b"priority", "ref_count", b"ref_count", "retention_id", b"retention_id", "sealed", b"sealed", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Block: _TypeAlias = Block  # noqa: Y015
+
+@_typing.final
+class GetBlockRequest(_message.Message):
+    """GetBlockRequest names a block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    block_id: _builtins.int
+    """The block."""
+    def __init__(
+        self,
+        *,
+        block_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_id", b"block_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBlockRequest: _TypeAlias = GetBlockRequest  # noqa: Y015
+
+@_typing.final
+class GetBlockResponse(_message.Message):
+    """GetBlockResponse is one block with all who hold it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    BLOCK_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision of the state."""
+    @_builtins.property
+    def block(self) -> Global___Block:
+        """The block."""
+
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockHolder]:
+        """Table entries that name it."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        block: Global___Block | None = ...,
+        holders: _abc.Iterable[Global___BlockHolder] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block", b"block"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block", b"block", "holders", b"holders", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBlockResponse: _TypeAlias = GetBlockResponse  # noqa: Y015
+
+@_typing.final
+class BlockHolder(_message.Message):
+    """BlockHolder is a table entry that names a block."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    """Sequence whose table it is."""
+    request_id: _builtins.str
+    """Request that the sequence belongs to."""
+    session_id: _builtins.str
+    """Session that holds the sequence."""
+    index: _builtins.int
+    """Index of the entry: it covers tokens `[index * block_size, (index + 1) * block_size)`."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        session_id: _builtins.str = ...,
+        index: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "request_id", b"request_id", "sequence_id", b"sequence_id", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockHolder: _TypeAlias = BlockHolder  # noqa: Y015
+
+@_typing.final
+class ListTenantsRequest(_message.Message):
+    """ListTenantsRequest has no fields."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTenantsRequest: _TypeAlias = ListTenantsRequest  # noqa: Y015
+
+@_typing.final
+class ListTenantsResponse(_message.Message):
+    """ListTenantsResponse lists all tenants that hold blocks, wait for some or have a quota."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision of the state."""
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tenant]:
+        """Tenants, by name."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        tenants: _abc.Iterable[Global___Tenant] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["revision", b"revision", "tenants", b"tenants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListTenantsResponse: _TypeAlias = ListTenantsResponse  # noqa: Y015
+
+@_typing.final
+class Tenant(_message.Message):
+    """Tenant is who blocks count against."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    SOFT_QUOTA_BLOCKS_FIELD_NUMBER: _builtins.int
+    HARD_QUOTA_BLOCKS_FIELD_NUMBER: _builtins.int
+    tenant: _builtins.str
+    """Name; empty is the tenant of all who have none."""
+    num_blocks: _builtins.int
+    """Blocks that count against it: used and cached ones that were given out for its sequences."""
+    num_cached_blocks: _builtins.int
+    """Those of them that nobody holds: they can be evicted."""
+    num_sequences: _builtins.int
+    """Live sequences."""
+    soft_quota_blocks: _builtins.int
+    """Blocks above which its own blocks are evicted before those of others; absent: no such bound."""
+    hard_quota_blocks: _builtins.int
+    """Blocks that it never exceeds; absent: no such bound."""
+    def __init__(
+        self,
+        *,
+        tenant: _builtins.str = ...,
+        num_blocks: _builtins.int = ...,
+        num_cached_blocks: _builtins.int = ...,
+        num_sequences: _builtins.int = ...,
+        soft_quota_blocks: _builtins.int | None = ...,
+        hard_quota_blocks: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_hard_quota_blocks", b"_hard_quota_blocks", "_soft_quota_blocks", b"_soft_quota_blocks", "hard_quota_blocks", b"hard_quota_blocks", "soft_quota_blocks", b"soft_quota_blocks"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_hard_quota_blocks", b"_hard_quota_blocks", "_soft_quota_blocks", b"_soft_quota_blocks", "hard_quota_blocks", b"hard_quota_blocks", "num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_sequences", b"num_sequences", "soft_quota_blocks", b"soft_quota_blocks", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__hard_quota_blocks: _TypeAlias = _typing.Literal["hard_quota_blocks"]  # noqa: Y015
+    _WhichOneofArgType__hard_quota_blocks: _TypeAlias = _typing.Literal["_hard_quota_blocks", b"_hard_quota_blocks"]  # noqa: Y015
+    _WhichOneofReturnType__soft_quota_blocks: _TypeAlias = _typing.Literal["soft_quota_blocks"]  # noqa: Y015
+    _WhichOneofArgType__soft_quota_blocks: _TypeAlias = _typing.Literal["_soft_quota_blocks", b"_soft_quota_blocks"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__hard_quota_blocks) -> _WhichOneofReturnType__hard_quota_blocks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__soft_quota_blocks) -> _WhichOneofReturnType__soft_quota_blocks | None: ...
+
+Global___Tenant: _TypeAlias = Tenant  # noqa: Y015
+
+@_typing.final
+class ListRetentionsRequest(_message.Message):
+    """ListRetentionsRequest has no fields."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRetentionsRequest: _TypeAlias = ListRetentionsRequest  # noqa: Y015
+
+@_typing.final
+class ListRetentionsResponse(_message.Message):
+    """ListRetentionsResponse lists what is retained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    RETENTIONS_FIELD_NUMBER: _builtins.int
+    PUBLISHED_PREFIXES_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision of the state."""
+    @_builtins.property
+    def retentions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Retention]:
+        """Retentions, by id."""
+
+    @_builtins.property
+    def published_prefixes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PublishedPrefix]:
+        """Published prefixes, by id."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        retentions: _abc.Iterable[Global___Retention] | None = ...,
+        published_prefixes: _abc.Iterable[Global___PublishedPrefix] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["published_prefixes", b"published_prefixes", "retentions", b"retentions", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRetentionsResponse: _TypeAlias = ListRetentionsResponse  # noqa: Y015
+
+@_typing.final
+class Retention(_message.Message):
+    """Retention keeps blocks from being evicted before others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RETENTION_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    retention_id: _builtins.str
+    """Its id, given by Retain."""
+    tenant: _builtins.str
+    """Tenant that it belongs to."""
+    priority: _builtins.int
+    """Priority, 1 to 7: the higher, the later its blocks are evicted."""
+    num_blocks: _builtins.int
+    """Blocks that it protects now."""
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ends by itself; absent: it does not."""
+
+    def __init__(
+        self,
+        *,
+        retention_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "num_blocks", b"num_blocks", "priority", b"priority", "retention_id", b"retention_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Retention: _TypeAlias = Retention  # noqa: Y015
+
+@_typing.final
+class PublishedPrefix(_message.Message):
+    """PublishedPrefix is a run of tokens that all tenants share."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREFIX_ID_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PRESENT_BLOCKS_FIELD_NUMBER: _builtins.int
+    prefix_id: _builtins.str
+    """Its id, given by PublishPrefix."""
+    num_tokens: _builtins.int
+    """Tokens of it that are shared: its full blocks."""
+    num_present_blocks: _builtins.int
+    """Blocks of it that are cached or used now."""
+    def __init__(
+        self,
+        *,
+        prefix_id: _builtins.str = ...,
+        num_tokens: _builtins.int = ...,
+        num_present_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_present_blocks", b"num_present_blocks", "num_tokens", b"num_tokens", "prefix_id", b"prefix_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PublishedPrefix: _TypeAlias = PublishedPrefix  # noqa: Y015
+
+@_typing.final
+class ProbePrefixRequest(_message.Message):
+    """ProbePrefixRequest is a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids, at least one."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePrefixRequest: _TypeAlias = ProbePrefixRequest  # noqa: Y015
+
+@_typing.final
+class ProbePrefixResponse(_message.Message):
+    """ProbePrefixResponse says what would hit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_SHARED_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_NEEDED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_IN_PROGRESS_TOKENS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision of the state."""
+    num_cached_tokens: _builtins.int
+    """Leading tokens whose keys and values are there; at most all but one, since one is always run."""
+    num_shared_tokens: _builtins.int
+    """Those of them in full blocks that would be shared; the rest would be copied from a partly matching block."""
+    num_needed_blocks: _builtins.int
+    """Blocks that an admission would have to be given."""
+    num_in_progress_tokens: _builtins.int
+    """Tokens behind the hit that a running sequence is computing just now, so that an admission would wait for them."""
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        num_cached_tokens: _builtins.int = ...,
+        num_shared_tokens: _builtins.int = ...,
+        num_needed_blocks: _builtins.int = ...,
+        num_in_progress_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_cached_tokens", b"num_cached_tokens", "num_in_progress_tokens", b"num_in_progress_tokens", "num_needed_blocks", b"num_needed_blocks", "num_shared_tokens", b"num_shared_tokens", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePrefixResponse: _TypeAlias = ProbePrefixResponse  # noqa: Y015
+
+@_typing.final
+class ExplainRequest(_message.Message):
+    """ExplainRequest names what is asked about; exactly one field."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    BLOCK_ID_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    """A sequence, live or not."""
+    block_id: _builtins.int
+    """A block."""
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        block_id: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_block_id", b"_block_id", "block_id", b"block_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_block_id", b"_block_id", "block_id", b"block_id", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__block_id: _TypeAlias = _typing.Literal["block_id"]  # noqa: Y015
+    _WhichOneofArgType__block_id: _TypeAlias = _typing.Literal["_block_id", b"_block_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__block_id) -> _WhichOneofReturnType__block_id | None: ...
+
+Global___ExplainRequest: _TypeAlias = ExplainRequest  # noqa: Y015
+
+@_typing.final
+class ExplainResponse(_message.Message):
+    """ExplainResponse lists decisions."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REVISION_FIELD_NUMBER: _builtins.int
+    EXPLANATIONS_FIELD_NUMBER: _builtins.int
+    revision: _builtins.str
+    """Revision of the state."""
+    @_builtins.property
+    def explanations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Explanation]:
+        """Decisions, newest first."""
+
+    def __init__(
+        self,
+        *,
+        revision: _builtins.str = ...,
+        explanations: _abc.Iterable[Global___Explanation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["explanations", b"explanations", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """Explanation is one decision, or the same one several times in a row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    NUM_TIMES_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    NUM_NEEDED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_AVAILABLE_BLOCKS_FIELD_NUMBER: _builtins.int
+    CAUSE_SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    kind: Global___DecisionKind.ValueType
+    """What was decided."""
+    reason: _builtins.str
+    """Why, in a sentence with the numbers that decided."""
+    revision: _builtins.str
+    """Revision of the newest such decision."""
+    num_times: _builtins.str
+    """How often it was taken in a row."""
+    sequence_id: _builtins.str
+    """Sequence that it was about; empty when there is none, or when it is another tenant's."""
+    num_needed_blocks: _builtins.int
+    """Blocks that were needed, where that decided."""
+    num_available_blocks: _builtins.int
+    """Blocks that could have been given, where that decided."""
+    cause_sequence_id: _builtins.str
+    """Sequence for whose sake it was decided; empty when there is none, or when it is another tenant's."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it was taken."""
+
+    def __init__(
+        self,
+        *,
+        kind: Global___DecisionKind.ValueType = ...,
+        reason: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        num_times: _builtins.str = ...,
+        sequence_id: _builtins.str = ...,
+        num_needed_blocks: _builtins.int | None = ...,
+        num_available_blocks: _builtins.int | None = ...,
+        cause_sequence_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_available_blocks", b"_num_available_blocks", "_num_needed_blocks", b"_num_needed_blocks", "num_available_blocks", b"num_available_blocks", "num_needed_blocks", b"num_needed_blocks", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_available_blocks", b"_num_available_blocks", "_num_needed_blocks", b"_num_needed_blocks", "cause_sequence_id", b"cause_sequence_id", "kind", b"kind", "num_available_blocks", b"num_available_blocks", "num_needed_blocks", b"num_needed_blocks", "num_times", b"num_times", "reason", b"reason", "revision", b"revision", "sequence_id", b"sequence_id", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_available_blocks: _TypeAlias = _typing.Literal["num_available_blocks"]  # noqa: Y015
+    _WhichOneofArgType__num_available_blocks: _TypeAlias = _typing.Literal["_num_available_blocks", b"_num_available_blocks"]  # noqa: Y015
+    _WhichOneofReturnType__num_needed_blocks: _TypeAlias = _typing.Literal["num_needed_blocks"]  # noqa: Y015
+    _WhichOneofArgType__num_needed_blocks: _TypeAlias = _typing.Literal["_num_needed_blocks", b"_num_needed_blocks"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_available_blocks) -> _WhichOneofReturnType__num_available_blocks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_needed_blocks) -> _WhichOneofReturnType__num_needed_blocks | None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
 class CheckIntegrityRequest(_message.Message):
     """CheckIntegrityRequest has no fields."""
 
@@ -383,3 +1139,409 @@ class CheckIntegrityResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CheckIntegrityResponse: _TypeAlias = CheckIntegrityResponse  # noqa: Y015
+
+@_typing.final
+class WatchRequest(_message.Message):
+    """WatchRequest says where to begin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    resume_token: _builtins.str
+    """`resume_token` of the last answer that was taken in; empty for a snapshot first. When the changes since then are not
+    at hand any more the answer begins with `missed`, then a snapshot.
+    """
+    def __init__(
+        self,
+        *,
+        resume_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["resume_token", b"resume_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchRequest: _TypeAlias = WatchRequest  # noqa: Y015
+
+@_typing.final
+class WatchResponse(_message.Message):
+    """WatchResponse is one part of the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    RESUME_TOKEN_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.str
+    """Epoch of the revisions; see GetPoolResponse."""
+    revision: _builtins.str
+    """Revision of the state after this answer."""
+    resume_token: _builtins.str
+    """Token that resumes after this answer; empty within a snapshot, which is taken in whole or not at all."""
+    @_builtins.property
+    def snapshot(self) -> Global___WatchSnapshot:
+        """A part of a snapshot."""
+
+    @_builtins.property
+    def delta(self) -> Global___WatchDelta:
+        """The change that led to `revision`."""
+
+    @_builtins.property
+    def missed(self) -> Global___WatchMissed:
+        """Changes were missed; a snapshot follows."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.str = ...,
+        revision: _builtins.str = ...,
+        resume_token: _builtins.str = ...,
+        snapshot: Global___WatchSnapshot | None = ...,
+        delta: Global___WatchDelta | None = ...,
+        missed: Global___WatchMissed | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "delta", b"delta", "missed", b"missed", "snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "delta", b"delta", "epoch", b"epoch", "missed", b"missed", "resume_token", b"resume_token", "revision", b"revision", "snapshot", b"snapshot"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["snapshot", "delta", "missed"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___WatchResponse: _TypeAlias = WatchResponse  # noqa: Y015
+
+@_typing.final
+class WatchSnapshot(_message.Message):
+    """WatchSnapshot is a part of the whole state at one revision. The parts follow each other; the last one says so."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_RUNS_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    last: _builtins.bool
+    """True for the last part."""
+    block_size: _builtins.int
+    """Token slots a block; in the last part."""
+    @_builtins.property
+    def block_runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___BlockRun]:
+        """Runs of blocks in the same state, by block id. All parts together cover the pool."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedSequence]:
+        """Live sequences with their tables."""
+
+    @_builtins.property
+    def counts(self) -> Global___PoolCounts:
+        """Counts of the pool; in the last part."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tenant]:
+        """Tenants; in the last part."""
+
+    def __init__(
+        self,
+        *,
+        block_runs: _abc.Iterable[Global___BlockRun] | None = ...,
+        sequences: _abc.Iterable[Global___WatchedSequence] | None = ...,
+        counts: Global___PoolCounts | None = ...,
+        tenants: _abc.Iterable[Global___Tenant] | None = ...,
+        last: _builtins.bool = ...,
+        block_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_runs", b"block_runs", "block_size", b"block_size", "counts", b"counts", "last", b"last", "sequences", b"sequences", "tenants", b"tenants"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchSnapshot: _TypeAlias = WatchSnapshot  # noqa: Y015
+
+@_typing.final
+class BlockRun(_message.Message):
+    """BlockRun is a run of blocks that are alike."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_BLOCK_ID_FIELD_NUMBER: _builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REF_COUNT_FIELD_NUMBER: _builtins.int
+    first_block_id: _builtins.int
+    """First block of the run."""
+    num_blocks: _builtins.int
+    """Blocks in the run."""
+    state: Global___BlockState.ValueType
+    """Their state."""
+    ref_count: _builtins.int
+    """Their reference count."""
+    def __init__(
+        self,
+        *,
+        first_block_id: _builtins.int = ...,
+        num_blocks: _builtins.int = ...,
+        state: Global___BlockState.ValueType = ...,
+        ref_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block_id", b"first_block_id", "num_blocks", b"num_blocks", "ref_count", b"ref_count", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BlockRun: _TypeAlias = BlockRun  # noqa: Y015
+
+@_typing.final
+class WatchedSequence(_message.Message):
+    """WatchedSequence is a sequence with its table."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    BLOCK_TABLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def sequence(self) -> Global___Sequence:
+        """The sequence. Its age is as of the snapshot or the change."""
+
+    @_builtins.property
+    def block_table(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its block table."""
+
+    def __init__(
+        self,
+        *,
+        sequence: Global___Sequence | None = ...,
+        block_table: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_table", b"block_table", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchedSequence: _TypeAlias = WatchedSequence  # noqa: Y015
+
+@_typing.final
+class PoolCounts(_message.Message):
+    """PoolCounts is how full the pool is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_FREE_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_USED_BLOCKS_FIELD_NUMBER: _builtins.int
+    NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_QUERY_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_PREFIX_HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_EVICTIONS_FIELD_NUMBER: _builtins.int
+    num_blocks: _builtins.int
+    """All blocks, the null block included."""
+    num_free_blocks: _builtins.int
+    """Blocks that hold nothing."""
+    num_cached_blocks: _builtins.int
+    """Blocks that nobody holds and that can be hit."""
+    num_used_blocks: _builtins.int
+    """Blocks that sequences hold or copies read."""
+    num_sequences: _builtins.int
+    """Live sequences."""
+    num_prefix_query_tokens: _builtins.str
+    """Tokens looked up since the pool began."""
+    num_prefix_hit_tokens: _builtins.str
+    """Tokens found since the pool began."""
+    num_evictions: _builtins.str
+    """Blocks evicted since the pool began."""
+    def __init__(
+        self,
+        *,
+        num_blocks: _builtins.int = ...,
+        num_free_blocks: _builtins.int = ...,
+        num_cached_blocks: _builtins.int = ...,
+        num_used_blocks: _builtins.int = ...,
+        num_sequences: _builtins.int = ...,
+        num_prefix_query_tokens: _builtins.str = ...,
+        num_prefix_hit_tokens: _builtins.str = ...,
+        num_evictions: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_blocks", b"num_blocks", "num_cached_blocks", b"num_cached_blocks", "num_evictions", b"num_evictions", "num_free_blocks", b"num_free_blocks", "num_prefix_hit_tokens", b"num_prefix_hit_tokens", "num_prefix_query_tokens", b"num_prefix_query_tokens", "num_sequences", b"num_sequences", "num_used_blocks", b"num_used_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolCounts: _TypeAlias = PoolCounts  # noqa: Y015
+
+@_typing.final
+class WatchDelta(_message.Message):
+    """WatchDelta is one change of the state."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    PROGRESSED_ROWS_FIELD_NUMBER: _builtins.int
+    PROGRESSED_NUM_COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    TABLE_ROWS_FIELD_NUMBER: _builtins.int
+    TABLE_INDEXES_FIELD_NUMBER: _builtins.int
+    TABLE_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    CHANGED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    CHANGED_STATES_FIELD_NUMBER: _builtins.int
+    CHANGED_REF_COUNTS_FIELD_NUMBER: _builtins.int
+    EVICTED_BLOCK_IDS_FIELD_NUMBER: _builtins.int
+    COUNTS_FIELD_NUMBER: _builtins.int
+    TENANTS_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    """Session whose step it was, or which was opened or ended; empty for other changes."""
+    step: _builtins.str
+    """Step of that session, 0 for other changes."""
+    event: _builtins.str
+    """What happened other than a step, in a sentence; empty for a step."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When it happened."""
+
+    @_builtins.property
+    def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___EndedSequence]:
+        """Sequences that were released, by row."""
+
+    @_builtins.property
+    def started(self) -> _containers.RepeatedCompositeFieldContainer[Global___WatchedSequence]:
+        """Sequences that were admitted or forked, with their tables as of after the change."""
+
+    @_builtins.property
+    def progressed_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the session whose acknowledged tokens rose; parallel to the next field."""
+
+    @_builtins.property
+    def progressed_num_computed_tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Acknowledged tokens of each such row."""
+
+    @_builtins.property
+    def table_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rows of the session whose table changed in one entry, appended ones included; parallel to the next two fields. Those
+        of started sequences are left out.
+        """
+
+    @_builtins.property
+    def table_indexes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Index of the entry."""
+
+    @_builtins.property
+    def table_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Block that the entry names now."""
+
+    @_builtins.property
+    def changed_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks whose state or reference count changed, ascending; parallel to the next two fields."""
+
+    @_builtins.property
+    def changed_states(self) -> _containers.RepeatedScalarFieldContainer[Global___BlockState.ValueType]:
+        """State of each such block."""
+
+    @_builtins.property
+    def changed_ref_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Reference count of each such block."""
+
+    @_builtins.property
+    def evicted_block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Cached blocks that were given to somebody else, in order."""
+
+    @_builtins.property
+    def counts(self) -> Global___PoolCounts:
+        """Counts of the pool after the change."""
+
+    @_builtins.property
+    def tenants(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tenant]:
+        """Tenants whose blocks or quotas changed, as they are now."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        session_id: _builtins.str = ...,
+        step: _builtins.str = ...,
+        ended: _abc.Iterable[Global___EndedSequence] | None = ...,
+        started: _abc.Iterable[Global___WatchedSequence] | None = ...,
+        progressed_rows: _abc.Iterable[_builtins.int] | None = ...,
+        progressed_num_computed_tokens: _abc.Iterable[_builtins.int] | None = ...,
+        table_rows: _abc.Iterable[_builtins.int] | None = ...,
+        table_indexes: _abc.Iterable[_builtins.int] | None = ...,
+        table_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        changed_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        changed_states: _abc.Iterable[Global___BlockState.ValueType] | None = ...,
+        changed_ref_counts: _abc.Iterable[_builtins.int] | None = ...,
+        evicted_block_ids: _abc.Iterable[_builtins.int] | None = ...,
+        counts: Global___PoolCounts | None = ...,
+        tenants: _abc.Iterable[Global___Tenant] | None = ...,
+        event: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts", "time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_block_ids", b"changed_block_ids", "changed_ref_counts", b"changed_ref_counts", "changed_states", b"changed_states", "counts", b"counts", "ended", b"ended", "event", b"event", "evicted_block_ids", b"evicted_block_ids", "progressed_num_computed_tokens", b"progressed_num_computed_tokens", "progressed_rows", b"progressed_rows", "session_id", b"session_id", "started", b"started", "step", b"step", "table_block_ids", b"table_block_ids", "table_indexes", b"table_indexes", "table_rows", b"table_rows", "tenants", b"tenants", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchDelta: _TypeAlias = WatchDelta  # noqa: Y015
+
+@_typing.final
+class EndedSequence(_message.Message):
+    """EndedSequence is a sequence that was released."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROW_FIELD_NUMBER: _builtins.int
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    row: _builtins.int
+    """Its row."""
+    sequence_id: _builtins.str
+    """Its id."""
+    reason: _builtins.str
+    """Why: "finished", "preempted", "cancelled", "failed", "resumed", "lapsed" or "unspecified"."""
+    def __init__(
+        self,
+        *,
+        row: _builtins.int = ...,
+        sequence_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "row", b"row", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndedSequence: _TypeAlias = EndedSequence  # noqa: Y015
+
+@_typing.final
+class WatchMissed(_message.Message):
+    """WatchMissed says that changes between two revisions were not sent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_REVISION_FIELD_NUMBER: _builtins.int
+    last_revision: _builtins.str
+    """Revision of the last change that was sent or resumed from; empty when the epoch changed."""
+    def __init__(
+        self,
+        *,
+        last_revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_revision", b"last_revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchMissed: _TypeAlias = WatchMissed  # noqa: Y015

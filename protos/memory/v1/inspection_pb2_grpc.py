@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class InspectionServiceStub:
     """InspectionService lets people look into the pool while it serves. It changes nothing. Every answer is taken at one
-    revision.
+    revision. Call metadata `quire-tenant` narrows an answer to one tenant: its sequences, its blocks, its hits; without it
+    an answer covers all tenants.
     """
 
     def __init__(self, channel):
@@ -51,16 +52,52 @@ class InspectionServiceStub:
                 request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.GetSequenceRequest.SerializeToString,
                 response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.GetSequenceResponse.FromString,
                 _registered_method=True)
+        self.ListBlocks = channel.unary_unary(
+                '/quire.memory.v1.InspectionService/ListBlocks',
+                request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListBlocksRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListBlocksResponse.FromString,
+                _registered_method=True)
+        self.GetBlock = channel.unary_unary(
+                '/quire.memory.v1.InspectionService/GetBlock',
+                request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.GetBlockRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.GetBlockResponse.FromString,
+                _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/quire.memory.v1.InspectionService/ListTenants',
+                request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
+        self.ListRetentions = channel.unary_unary(
+                '/quire.memory.v1.InspectionService/ListRetentions',
+                request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListRetentionsRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListRetentionsResponse.FromString,
+                _registered_method=True)
+        self.ProbePrefix = channel.unary_unary(
+                '/quire.memory.v1.InspectionService/ProbePrefix',
+                request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ProbePrefixRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ProbePrefixResponse.FromString,
+                _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/quire.memory.v1.InspectionService/Explain',
+                request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ExplainResponse.FromString,
+                _registered_method=True)
         self.CheckIntegrity = channel.unary_unary(
                 '/quire.memory.v1.InspectionService/CheckIntegrity',
                 request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.CheckIntegrityRequest.SerializeToString,
                 response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.CheckIntegrityResponse.FromString,
                 _registered_method=True)
+        self.Watch = channel.unary_stream(
+                '/quire.memory.v1.InspectionService/Watch',
+                request_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.WatchRequest.SerializeToString,
+                response_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.WatchResponse.FromString,
+                _registered_method=True)
 
 
 class InspectionServiceServicer:
     """InspectionService lets people look into the pool while it serves. It changes nothing. Every answer is taken at one
-    revision.
+    revision. Call metadata `quire-tenant` narrows an answer to one tenant: its sequences, its blocks, its hits; without it
+    an answer covers all tenants.
     """
 
     def GetPool(self, request, context):
@@ -86,9 +123,65 @@ class InspectionServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListBlocks(self, request, context):
+        """ListBlocks lists blocks, by block id; the filters must all hold. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical
+        deadline: 1 second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetBlock(self, request, context):
+        """GetBlock shows one block with all who hold it. Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTenants(self, request, context):
+        """ListTenants shows what each tenant holds and may hold, by name. Typical deadline: 1 second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListRetentions(self, request, context):
+        """ListRetentions shows what is retained and which prefixes are published. Typical deadline: 1 second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProbePrefix(self, request, context):
+        """ProbePrefix says how many leading tokens would hit if they were admitted now for the tenant of the call's metadata.
+        Nothing is touched: the order of eviction stays. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical deadline: 1
+        second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Explain(self, request, context):
+        """Explain tells why a sequence was refused, preempted or released, or why a block was evicted, newest first. The
+        service remembers a bounded number of such decisions. Errors: INVALID_ARGUMENT INVALID_REQUEST when nothing or both
+        are asked about. An unknown subject has an empty answer. Typical deadline: 1 second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CheckIntegrity(self, request, context):
         """CheckIntegrity verifies that the pool's books agree with each other; findings are data, not an error. Typical
         deadline: 10 seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Watch(self, request, context):
+        """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
+        told that changes were missed and gets a new snapshot; the service never waits for a watcher. Errors: INVALID_ARGUMENT
+        INVALID_REQUEST for a token that this service did not give, UNAVAILABLE NO_POOL. It carries no deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,10 +205,45 @@ def add_InspectionServiceServicer_to_server(servicer, server):
                     request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.GetSequenceRequest.FromString,
                     response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.GetSequenceResponse.SerializeToString,
             ),
+            'ListBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListBlocks,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListBlocksRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListBlocksResponse.SerializeToString,
+            ),
+            'GetBlock': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBlock,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.GetBlockRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.GetBlockResponse.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListTenantsRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListTenantsResponse.SerializeToString,
+            ),
+            'ListRetentions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRetentions,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListRetentionsRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ListRetentionsResponse.SerializeToString,
+            ),
+            'ProbePrefix': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProbePrefix,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ProbePrefixRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ProbePrefixResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ExplainRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.ExplainResponse.SerializeToString,
+            ),
             'CheckIntegrity': grpc.unary_unary_rpc_method_handler(
                     servicer.CheckIntegrity,
                     request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.CheckIntegrityRequest.FromString,
                     response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.CheckIntegrityResponse.SerializeToString,
+            ),
+            'Watch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Watch,
+                    request_deserializer=protos_dot_memory_dot_v1_dot_inspection__pb2.WatchRequest.FromString,
+                    response_serializer=protos_dot_memory_dot_v1_dot_inspection__pb2.WatchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -127,7 +255,8 @@ def add_InspectionServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class InspectionService:
     """InspectionService lets people look into the pool while it serves. It changes nothing. Every answer is taken at one
-    revision.
+    revision. Call metadata `quire-tenant` narrows an answer to one tenant: its sequences, its blocks, its hits; without it
+    an answer covers all tenants.
     """
 
     @staticmethod
@@ -212,6 +341,168 @@ class InspectionService:
             _registered_method=True)
 
     @staticmethod
+    def ListBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memory.v1.InspectionService/ListBlocks',
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ListBlocksRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ListBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBlock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memory.v1.InspectionService/GetBlock',
+            protos_dot_memory_dot_v1_dot_inspection__pb2.GetBlockRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_inspection__pb2.GetBlockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memory.v1.InspectionService/ListTenants',
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ListTenantsRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ListTenantsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListRetentions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memory.v1.InspectionService/ListRetentions',
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ListRetentionsRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ListRetentionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProbePrefix(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memory.v1.InspectionService/ProbePrefix',
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ProbePrefixRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ProbePrefixResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quire.memory.v1.InspectionService/Explain',
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ExplainRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_inspection__pb2.ExplainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def CheckIntegrity(request,
             target,
             options=(),
@@ -228,6 +519,33 @@ class InspectionService:
             '/quire.memory.v1.InspectionService/CheckIntegrity',
             protos_dot_memory_dot_v1_dot_inspection__pb2.CheckIntegrityRequest.SerializeToString,
             protos_dot_memory_dot_v1_dot_inspection__pb2.CheckIntegrityResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Watch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/quire.memory.v1.InspectionService/Watch',
+            protos_dot_memory_dot_v1_dot_inspection__pb2.WatchRequest.SerializeToString,
+            protos_dot_memory_dot_v1_dot_inspection__pb2.WatchResponse.FromString,
             options,
             channel_credentials,
             insecure,

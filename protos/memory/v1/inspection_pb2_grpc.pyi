@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class InspectionServiceStub:
     """InspectionService lets people look into the pool while it serves. It changes nothing. Every answer is taken at one
-    revision.
+    revision. Call metadata `quire-tenant` narrows an answer to one tenant: its sequences, its blocks, its hits; without it
+    an answer covers all tenants.
     """
 
     @_typing.overload
@@ -45,15 +46,41 @@ class InspectionServiceStub:
     """GetSequence shows one sequence with its block table. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1
     second.
     """
+    ListBlocks: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ListBlocksRequest, _inspection_pb2.ListBlocksResponse]
+    """ListBlocks lists blocks, by block id; the filters must all hold. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical
+    deadline: 1 second.
+    """
+    GetBlock: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.GetBlockRequest, _inspection_pb2.GetBlockResponse]
+    """GetBlock shows one block with all who hold it. Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second."""
+    ListTenants: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ListTenantsRequest, _inspection_pb2.ListTenantsResponse]
+    """ListTenants shows what each tenant holds and may hold, by name. Typical deadline: 1 second."""
+    ListRetentions: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ListRetentionsRequest, _inspection_pb2.ListRetentionsResponse]
+    """ListRetentions shows what is retained and which prefixes are published. Typical deadline: 1 second."""
+    ProbePrefix: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ProbePrefixRequest, _inspection_pb2.ProbePrefixResponse]
+    """ProbePrefix says how many leading tokens would hit if they were admitted now for the tenant of the call's metadata.
+    Nothing is touched: the order of eviction stays. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical deadline: 1
+    second.
+    """
+    Explain: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ExplainRequest, _inspection_pb2.ExplainResponse]
+    """Explain tells why a sequence was refused, preempted or released, or why a block was evicted, newest first. The
+    service remembers a bounded number of such decisions. Errors: INVALID_ARGUMENT INVALID_REQUEST when nothing or both
+    are asked about. An unknown subject has an empty answer. Typical deadline: 1 second.
+    """
     CheckIntegrity: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.CheckIntegrityRequest, _inspection_pb2.CheckIntegrityResponse]
     """CheckIntegrity verifies that the pool's books agree with each other; findings are data, not an error. Typical
     deadline: 10 seconds.
+    """
+    Watch: _grpc.UnaryStreamMultiCallable[_inspection_pb2.WatchRequest, _inspection_pb2.WatchResponse]
+    """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
+    told that changes were missed and gets a new snapshot; the service never waits for a watcher. Errors: INVALID_ARGUMENT
+    INVALID_REQUEST for a token that this service did not give, UNAVAILABLE NO_POOL. It carries no deadline.
     """
 
 @_typing.type_check_only
 class InspectionServiceAsyncStub(InspectionServiceStub):
     """InspectionService lets people look into the pool while it serves. It changes nothing. Every answer is taken at one
-    revision.
+    revision. Call metadata `quire-tenant` narrows an answer to one tenant: its sequences, its blocks, its hits; without it
+    an answer covers all tenants.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -67,14 +94,40 @@ class InspectionServiceAsyncStub(InspectionServiceStub):
     """GetSequence shows one sequence with its block table. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1
     second.
     """
+    ListBlocks: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ListBlocksRequest, _inspection_pb2.ListBlocksResponse]  # type: ignore[assignment]
+    """ListBlocks lists blocks, by block id; the filters must all hold. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical
+    deadline: 1 second.
+    """
+    GetBlock: _aio.UnaryUnaryMultiCallable[_inspection_pb2.GetBlockRequest, _inspection_pb2.GetBlockResponse]  # type: ignore[assignment]
+    """GetBlock shows one block with all who hold it. Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second."""
+    ListTenants: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ListTenantsRequest, _inspection_pb2.ListTenantsResponse]  # type: ignore[assignment]
+    """ListTenants shows what each tenant holds and may hold, by name. Typical deadline: 1 second."""
+    ListRetentions: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ListRetentionsRequest, _inspection_pb2.ListRetentionsResponse]  # type: ignore[assignment]
+    """ListRetentions shows what is retained and which prefixes are published. Typical deadline: 1 second."""
+    ProbePrefix: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ProbePrefixRequest, _inspection_pb2.ProbePrefixResponse]  # type: ignore[assignment]
+    """ProbePrefix says how many leading tokens would hit if they were admitted now for the tenant of the call's metadata.
+    Nothing is touched: the order of eviction stays. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical deadline: 1
+    second.
+    """
+    Explain: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ExplainRequest, _inspection_pb2.ExplainResponse]  # type: ignore[assignment]
+    """Explain tells why a sequence was refused, preempted or released, or why a block was evicted, newest first. The
+    service remembers a bounded number of such decisions. Errors: INVALID_ARGUMENT INVALID_REQUEST when nothing or both
+    are asked about. An unknown subject has an empty answer. Typical deadline: 1 second.
+    """
     CheckIntegrity: _aio.UnaryUnaryMultiCallable[_inspection_pb2.CheckIntegrityRequest, _inspection_pb2.CheckIntegrityResponse]  # type: ignore[assignment]
     """CheckIntegrity verifies that the pool's books agree with each other; findings are data, not an error. Typical
     deadline: 10 seconds.
     """
+    Watch: _aio.UnaryStreamMultiCallable[_inspection_pb2.WatchRequest, _inspection_pb2.WatchResponse]  # type: ignore[assignment]
+    """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
+    told that changes were missed and gets a new snapshot; the service never waits for a watcher. Errors: INVALID_ARGUMENT
+    INVALID_REQUEST for a token that this service did not give, UNAVAILABLE NO_POOL. It carries no deadline.
+    """
 
 class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
     """InspectionService lets people look into the pool while it serves. It changes nothing. Every answer is taken at one
-    revision.
+    revision. Call metadata `quire-tenant` narrows an answer to one tenant: its sequences, its blocks, its hits; without it
+    an answer covers all tenants.
     """
 
     @_abc_1.abstractmethod
@@ -106,6 +159,62 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def ListBlocks(
+        self,
+        request: _inspection_pb2.ListBlocksRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspection_pb2.ListBlocksResponse, _abc.Awaitable[_inspection_pb2.ListBlocksResponse]]:
+        """ListBlocks lists blocks, by block id; the filters must all hold. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical
+        deadline: 1 second.
+        """
+
+    @_abc_1.abstractmethod
+    def GetBlock(
+        self,
+        request: _inspection_pb2.GetBlockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspection_pb2.GetBlockResponse, _abc.Awaitable[_inspection_pb2.GetBlockResponse]]:
+        """GetBlock shows one block with all who hold it. Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second."""
+
+    @_abc_1.abstractmethod
+    def ListTenants(
+        self,
+        request: _inspection_pb2.ListTenantsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspection_pb2.ListTenantsResponse, _abc.Awaitable[_inspection_pb2.ListTenantsResponse]]:
+        """ListTenants shows what each tenant holds and may hold, by name. Typical deadline: 1 second."""
+
+    @_abc_1.abstractmethod
+    def ListRetentions(
+        self,
+        request: _inspection_pb2.ListRetentionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspection_pb2.ListRetentionsResponse, _abc.Awaitable[_inspection_pb2.ListRetentionsResponse]]:
+        """ListRetentions shows what is retained and which prefixes are published. Typical deadline: 1 second."""
+
+    @_abc_1.abstractmethod
+    def ProbePrefix(
+        self,
+        request: _inspection_pb2.ProbePrefixRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspection_pb2.ProbePrefixResponse, _abc.Awaitable[_inspection_pb2.ProbePrefixResponse]]:
+        """ProbePrefix says how many leading tokens would hit if they were admitted now for the tenant of the call's metadata.
+        Nothing is touched: the order of eviction stays. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical deadline: 1
+        second.
+        """
+
+    @_abc_1.abstractmethod
+    def Explain(
+        self,
+        request: _inspection_pb2.ExplainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inspection_pb2.ExplainResponse, _abc.Awaitable[_inspection_pb2.ExplainResponse]]:
+        """Explain tells why a sequence was refused, preempted or released, or why a block was evicted, newest first. The
+        service remembers a bounded number of such decisions. Errors: INVALID_ARGUMENT INVALID_REQUEST when nothing or both
+        are asked about. An unknown subject has an empty answer. Typical deadline: 1 second.
+        """
+
+    @_abc_1.abstractmethod
     def CheckIntegrity(
         self,
         request: _inspection_pb2.CheckIntegrityRequest,
@@ -113,6 +222,17 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_inspection_pb2.CheckIntegrityResponse, _abc.Awaitable[_inspection_pb2.CheckIntegrityResponse]]:
         """CheckIntegrity verifies that the pool's books agree with each other; findings are data, not an error. Typical
         deadline: 10 seconds.
+        """
+
+    @_abc_1.abstractmethod
+    def Watch(
+        self,
+        request: _inspection_pb2.WatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_inspection_pb2.WatchResponse], _abc.AsyncIterator[_inspection_pb2.WatchResponse]]:
+        """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
+        told that changes were missed and gets a new snapshot; the service never waits for a watcher. Errors: INVALID_ARGUMENT
+        INVALID_REQUEST for a token that this service did not give, UNAVAILABLE NO_POOL. It carries no deadline.
         """
 
 def add_InspectionServiceServicer_to_server(servicer: InspectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

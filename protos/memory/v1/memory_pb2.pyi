@@ -20,6 +20,42 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ReleaseReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReleaseReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReleaseReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RELEASE_REASON_UNSPECIFIED: _ReleaseReason.ValueType  # 0
+    """Not said."""
+    RELEASE_REASON_FINISHED: _ReleaseReason.ValueType  # 1
+    """The sequence ended by itself."""
+    RELEASE_REASON_PREEMPTED: _ReleaseReason.ValueType  # 2
+    """Others needed its blocks; it will be admitted again."""
+    RELEASE_REASON_CANCELLED: _ReleaseReason.ValueType  # 3
+    """Its client cancelled it or went away, or its deadline passed."""
+    RELEASE_REASON_FAILED: _ReleaseReason.ValueType  # 4
+    """It could not be run."""
+    RELEASE_REASON_RESUMED: _ReleaseReason.ValueType  # 5
+    """The session resumed after a lost stream; the sequence is admitted again from what is cached."""
+
+class ReleaseReason(_ReleaseReason, metaclass=_ReleaseReasonEnumTypeWrapper):
+    """ReleaseReason is why the router gives a sequence up."""
+
+RELEASE_REASON_UNSPECIFIED: ReleaseReason.ValueType  # 0
+"""Not said."""
+RELEASE_REASON_FINISHED: ReleaseReason.ValueType  # 1
+"""The sequence ended by itself."""
+RELEASE_REASON_PREEMPTED: ReleaseReason.ValueType  # 2
+"""Others needed its blocks; it will be admitted again."""
+RELEASE_REASON_CANCELLED: ReleaseReason.ValueType  # 3
+"""Its client cancelled it or went away, or its deadline passed."""
+RELEASE_REASON_FAILED: ReleaseReason.ValueType  # 4
+"""It could not be run."""
+RELEASE_REASON_RESUMED: ReleaseReason.ValueType  # 5
+"""The session resumed after a lost stream; the sequence is admitted again from what is cached."""
+Global___ReleaseReason: _TypeAlias = ReleaseReason  # noqa: Y015
+
 class _RefusalReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -36,6 +72,12 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """
     REFUSAL_REASON_TOKEN_BUDGET: _RefusalReason.ValueType  # 3
     """The token budget of the step was used up by admissions before this one."""
+    REFUSAL_REASON_OVER_QUOTA: _RefusalReason.ValueType  # 4
+    """The blocks are there, but the tenant's hard quota does not allow it so many. A sequence of the same tenant has to be
+    preempted, or the demand waits; sequences of other tenants are served meanwhile.
+    """
+    REFUSAL_REASON_LARGER_THAN_QUOTA: _RefusalReason.ValueType  # 5
+    """The sequence alone needs more blocks than its tenant's hard quota: waiting is of no use."""
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
     """RefusalReason is why a demand was not met."""
@@ -50,6 +92,12 @@ acknowledged.
 """
 REFUSAL_REASON_TOKEN_BUDGET: RefusalReason.ValueType  # 3
 """The token budget of the step was used up by admissions before this one."""
+REFUSAL_REASON_OVER_QUOTA: RefusalReason.ValueType  # 4
+"""The blocks are there, but the tenant's hard quota does not allow it so many. A sequence of the same tenant has to be
+preempted, or the demand waits; sequences of other tenants are served meanwhile.
+"""
+REFUSAL_REASON_LARGER_THAN_QUOTA: RefusalReason.ValueType  # 5
+"""The sequence alone needs more blocks than its tenant's hard quota: waiting is of no use."""
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 @_typing.final
@@ -279,6 +327,7 @@ class AllocateStep(_message.Message):
     ADMITS_FIELD_NUMBER: _builtins.int
     ADMIT_TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
     WATERMARK_BLOCKS_FIELD_NUMBER: _builtins.int
+    RELEASE_REASONS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     """Generation of the session, from `welcome`."""
     step: _builtins.int
@@ -329,6 +378,10 @@ class AllocateStep(_message.Message):
         admissions of the step: those behind it are refused with the same reason, so that nobody overtakes it for ever.
         """
 
+    @_builtins.property
+    def release_reasons(self) -> _containers.RepeatedScalarFieldContainer[Global___ReleaseReason.ValueType]:
+        """Why each row of `release_rows` is released; parallel to it, or empty. It changes nothing but what Explain says."""
+
     def __init__(
         self,
         *,
@@ -346,10 +399,11 @@ class AllocateStep(_message.Message):
         admits: _abc.Iterable[Global___AdmitDemand] | None = ...,
         admit_token_budget: _builtins.int = ...,
         watermark_blocks: _builtins.int = ...,
+        release_reasons: _abc.Iterable[Global___ReleaseReason.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_step", b"acknowledged_step", "admit_token_budget", b"admit_token_budget", "admits", b"admits", "commit_num_computed_tokens", b"commit_num_computed_tokens", "commit_rows", b"commit_rows", "commit_token_ids", b"commit_token_ids", "extend_num_tokens", b"extend_num_tokens", "extend_rows", b"extend_rows", "extend_starts", b"extend_starts", "forks", b"forks", "generation", b"generation", "release_rows", b"release_rows", "step", b"step", "watermark_blocks", b"watermark_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acknowledged_step", b"acknowledged_step", "admit_token_budget", b"admit_token_budget", "admits", b"admits", "commit_num_computed_tokens", b"commit_num_computed_tokens", "commit_rows", b"commit_rows", "commit_token_ids", b"commit_token_ids", "extend_num_tokens", b"extend_num_tokens", "extend_rows", b"extend_rows", "extend_starts", b"extend_starts", "forks", b"forks", "generation", b"generation", "release_reasons", b"release_reasons", "release_rows", b"release_rows", "step", b"step", "watermark_blocks", b"watermark_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -367,6 +421,7 @@ class AdmitDemand(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     """Row that the sequence will have; must be unused."""
     incarnation: _builtins.int
@@ -381,6 +436,11 @@ class AdmitDemand(_message.Message):
     """Sequences that will be forked from this one when its prompt is done, itself included; at least 1. All are counted
     when the demand is weighed against the available blocks.
     """
+    tenant: _builtins.str
+    """Tenant that the request belongs to, as the router learned it from the call's credentials; empty is the tenant of
+    all who have none. It decides what the sequence can hit and whose quota its blocks count against. At most 128
+    characters.
+    """
     def __init__(
         self,
         *,
@@ -390,10 +450,11 @@ class AdmitDemand(_message.Message):
         request_id: _builtins.str = ...,
         token_ids: _builtins.bytes = ...,
         num_sequences: _builtins.int = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "num_sequences", b"num_sequences", "request_id", b"request_id", "row", b"row", "sequence_id", b"sequence_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "num_sequences", b"num_sequences", "request_id", b"request_id", "row", b"row", "sequence_id", b"sequence_id", "tenant", b"tenant", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -540,7 +601,9 @@ class Admission(_message.Message):
     row: _builtins.int
     """Row of the sequence."""
     num_cached_tokens: _builtins.int
-    """Leading tokens whose keys and values were found in the prefix cache."""
+    """Leading tokens whose keys and values were found in the prefix cache. When they end within a block, that block is
+    new and `AllocateAnswer.copies` brings its content from another one.
+    """
     num_scheduled_tokens: _builtins.int
     """Tokens for which slots were reserved in this step, from `num_cached_tokens` on; at least 1."""
     block_table: _builtins.bytes

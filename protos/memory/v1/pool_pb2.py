@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/memory/v1/pool.proto\x12\x0fquire.memory.v1\"\x8e\x01\n\x11\x41ttachPoolRequest\x12/\n\x08identity\x18\x01 \x01(\x0b\x32\x1d.quire.memory.v1.PoolIdentity\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x31\n\tplacement\x18\x03 \x01(\x0e\x32\x1e.quire.memory.v1.PoolPlacement\"\xb2\x01\n\x0cPoolIdentity\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.quire.memory.v1.KvLayer\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x1c\n\x14tensor_parallel_rank\x18\x04 \x01(\x05\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\x05\x12\x19\n\x11model_fingerprint\x18\x06 \x01(\t\"G\n\x07KvLayer\x12\x14\n\x0cnum_kv_heads\x18\x01 \x01(\x05\x12\x12\n\nk_head_dim\x18\x02 \x01(\x05\x12\x12\n\nv_head_dim\x18\x03 \x01(\x05\"\xa1\x01\n\x12\x41ttachPoolResponse\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x05\x12\x19\n\x11writer_generation\x18\x03 \x01(\x03\x12\x0e\n\x06ticket\x18\x04 \x01(\t\x12\x19\n\x11\x64\x65scriptor_socket\x18\x05 \x01(\t\x12\x0c\n\x04warm\x18\x06 \x01(\x08\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03*l\n\rPoolPlacement\x12\x1e\n\x1aPOOL_PLACEMENT_UNSPECIFIED\x10\x00\x12 \n\x1cPOOL_PLACEMENT_SHARED_MEMORY\x10\x01\x12\x19\n\x15POOL_PLACEMENT_WRITER\x10\x02\x32\x64\n\x0bPoolService\x12U\n\nAttachPool\x12\".quire.memory.v1.AttachPoolRequest\x1a#.quire.memory.v1.AttachPoolResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bprotos/memory/v1/pool.proto\x12\x0fquire.memory.v1\"\xc3\x01\n\x11\x41ttachPoolRequest\x12/\n\x08identity\x18\x01 \x01(\x0b\x32\x1d.quire.memory.v1.PoolIdentity\x12\x15\n\rmax_model_len\x18\x02 \x01(\x05\x12\x31\n\tplacement\x18\x03 \x01(\x0e\x32\x1e.quire.memory.v1.PoolPlacement\x12\x33\n\nresumption\x18\x04 \x01(\x0b\x32\x1f.quire.memory.v1.PoolResumption\"<\n\x0ePoolResumption\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x19\n\x11writer_generation\x18\x02 \x01(\x03\"\xb2\x01\n\x0cPoolIdentity\x12(\n\x06layers\x18\x01 \x03(\x0b\x32\x18.quire.memory.v1.KvLayer\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x12\n\nblock_size\x18\x03 \x01(\x05\x12\x1c\n\x14tensor_parallel_rank\x18\x04 \x01(\x05\x12\x1c\n\x14tensor_parallel_size\x18\x05 \x01(\x05\x12\x19\n\x11model_fingerprint\x18\x06 \x01(\t\"G\n\x07KvLayer\x12\x14\n\x0cnum_kv_heads\x18\x01 \x01(\x05\x12\x12\n\nk_head_dim\x18\x02 \x01(\x05\x12\x12\n\nv_head_dim\x18\x03 \x01(\x05\"\xa1\x01\n\x12\x41ttachPoolResponse\x12\x0f\n\x07pool_id\x18\x01 \x01(\t\x12\x12\n\nnum_blocks\x18\x02 \x01(\x05\x12\x19\n\x11writer_generation\x18\x03 \x01(\x03\x12\x0e\n\x06ticket\x18\x04 \x01(\t\x12\x19\n\x11\x64\x65scriptor_socket\x18\x05 \x01(\t\x12\x0c\n\x04warm\x18\x06 \x01(\x08\x12\x12\n\nsize_bytes\x18\x07 \x01(\x03*l\n\rPoolPlacement\x12\x1e\n\x1aPOOL_PLACEMENT_UNSPECIFIED\x10\x00\x12 \n\x1cPOOL_PLACEMENT_SHARED_MEMORY\x10\x01\x12\x19\n\x15POOL_PLACEMENT_WRITER\x10\x02\x32\x64\n\x0bPoolService\x12U\n\nAttachPool\x12\".quire.memory.v1.AttachPoolRequest\x1a#.quire.memory.v1.AttachPoolResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.memory.v1.pool_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POOLPLACEMENT']._serialized_start=611
-  _globals['_POOLPLACEMENT']._serialized_end=719
+  _globals['_POOLPLACEMENT']._serialized_start=726
+  _globals['_POOLPLACEMENT']._serialized_end=834
   _globals['_ATTACHPOOLREQUEST']._serialized_start=49
-  _globals['_ATTACHPOOLREQUEST']._serialized_end=191
-  _globals['_POOLIDENTITY']._serialized_start=194
-  _globals['_POOLIDENTITY']._serialized_end=372
-  _globals['_KVLAYER']._serialized_start=374
-  _globals['_KVLAYER']._serialized_end=445
-  _globals['_ATTACHPOOLRESPONSE']._serialized_start=448
-  _globals['_ATTACHPOOLRESPONSE']._serialized_end=609
-  _globals['_POOLSERVICE']._serialized_start=721
-  _globals['_POOLSERVICE']._serialized_end=821
+  _globals['_ATTACHPOOLREQUEST']._serialized_end=244
+  _globals['_POOLRESUMPTION']._serialized_start=246
+  _globals['_POOLRESUMPTION']._serialized_end=306
+  _globals['_POOLIDENTITY']._serialized_start=309
+  _globals['_POOLIDENTITY']._serialized_end=487
+  _globals['_KVLAYER']._serialized_start=489
+  _globals['_KVLAYER']._serialized_end=560
+  _globals['_ATTACHPOOLRESPONSE']._serialized_start=563
+  _globals['_ATTACHPOOLRESPONSE']._serialized_end=724
+  _globals['_POOLSERVICE']._serialized_start=836
+  _globals['_POOLSERVICE']._serialized_end=936
 # @@protoc_insertion_point(module_scope)

@@ -56,6 +56,7 @@ class AttachPoolRequest(_message.Message):
     IDENTITY_FIELD_NUMBER: _builtins.int
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
+    RESUMPTION_FIELD_NUMBER: _builtins.int
     max_model_len: _builtins.int
     """Longest sequence that will be served, in tokens; the pool must hold one of them."""
     placement: Global___PoolPlacement.ValueType
@@ -64,20 +65,55 @@ class AttachPoolRequest(_message.Message):
     def identity(self) -> Global___PoolIdentity:
         """What decides whether keys and values in a pool are usable."""
 
+    @_builtins.property
+    def resumption(self) -> Global___PoolResumption:
+        """Set by a writer that was attached before the memory service was restarted and still maps the pool: it goes on as the
+        same writer. Absent for a writer that begins.
+        """
+
     def __init__(
         self,
         *,
         identity: Global___PoolIdentity | None = ...,
         max_model_len: _builtins.int = ...,
         placement: Global___PoolPlacement.ValueType = ...,
+        resumption: Global___PoolResumption | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "resumption", b"resumption"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "max_model_len", b"max_model_len", "placement", b"placement"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "max_model_len", b"max_model_len", "placement", b"placement", "resumption", b"resumption"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachPoolRequest: _TypeAlias = AttachPoolRequest  # noqa: Y015
+
+@_typing.final
+class PoolResumption(_message.Message):
+    """PoolResumption names what a writer was attached to. On the descriptor socket such a writer sends the descriptor that it
+    holds along with its ticket, so that the memory service can verify that both mean the same bytes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POOL_ID_FIELD_NUMBER: _builtins.int
+    WRITER_GENERATION_FIELD_NUMBER: _builtins.int
+    pool_id: _builtins.str
+    """Pool as AttachPoolResponse named it."""
+    writer_generation: _builtins.int
+    """Generation as AttachPoolResponse named it."""
+    def __init__(
+        self,
+        *,
+        pool_id: _builtins.str = ...,
+        writer_generation: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pool_id", b"pool_id", "writer_generation", b"writer_generation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolResumption: _TypeAlias = PoolResumption  # noqa: Y015
 
 @_typing.final
 class PoolIdentity(_message.Message):
@@ -176,7 +212,7 @@ class AttachPoolResponse(_message.Message):
     num_blocks: _builtins.int
     """Blocks, the null block included."""
     writer_generation: _builtins.int
-    """Rises with every writer let in."""
+    """Rises with every writer let in; a resumed one keeps its own."""
     ticket: _builtins.str
     """One-time ticket for the descriptor socket: sent there as one line."""
     descriptor_socket: _builtins.str

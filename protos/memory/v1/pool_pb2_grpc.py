@@ -49,9 +49,11 @@ class PoolServiceServicer:
     def AttachPool(self, request, context):
         """AttachPool finds or creates the pool of an identity and lets one writer in. The answer's ticket fetches the file
         descriptor over the descriptor socket, once, within 30 seconds; the caller keeps that socket open as its sign of
-        life. A repeat with the same identity by a writer that died gets the same pool, warm.
-        Errors: INVALID_ARGUMENT INVALID_REQUEST, FAILED_PRECONDITION WRITER_ALIVE or BUDGET_TOO_SMALL. Typical deadline:
-        60 seconds, since a new pool's memory is reserved while the call runs.
+        life. A repeat with the same identity by a writer that died gets the same pool, warm. With `resumption` a writer
+        that outlived the memory service goes on: same pool, same generation.
+        Errors: INVALID_ARGUMENT INVALID_REQUEST, FAILED_PRECONDITION WRITER_ALIVE, BUDGET_TOO_SMALL, or POOL_MISMATCH when
+        what is to be resumed is not there any more. Typical deadline: 60 seconds, since a new pool's memory is reserved
+        while the call runs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,9 +36,11 @@ class PoolServiceStub:
     AttachPool: _grpc.UnaryUnaryMultiCallable[_pool_pb2.AttachPoolRequest, _pool_pb2.AttachPoolResponse]
     """AttachPool finds or creates the pool of an identity and lets one writer in. The answer's ticket fetches the file
     descriptor over the descriptor socket, once, within 30 seconds; the caller keeps that socket open as its sign of
-    life. A repeat with the same identity by a writer that died gets the same pool, warm.
-    Errors: INVALID_ARGUMENT INVALID_REQUEST, FAILED_PRECONDITION WRITER_ALIVE or BUDGET_TOO_SMALL. Typical deadline:
-    60 seconds, since a new pool's memory is reserved while the call runs.
+    life. A repeat with the same identity by a writer that died gets the same pool, warm. With `resumption` a writer
+    that outlived the memory service goes on: same pool, same generation.
+    Errors: INVALID_ARGUMENT INVALID_REQUEST, FAILED_PRECONDITION WRITER_ALIVE, BUDGET_TOO_SMALL, or POOL_MISMATCH when
+    what is to be resumed is not there any more. Typical deadline: 60 seconds, since a new pool's memory is reserved
+    while the call runs.
     """
 
 @_typing.type_check_only
@@ -49,9 +51,11 @@ class PoolServiceAsyncStub(PoolServiceStub):
     AttachPool: _aio.UnaryUnaryMultiCallable[_pool_pb2.AttachPoolRequest, _pool_pb2.AttachPoolResponse]  # type: ignore[assignment]
     """AttachPool finds or creates the pool of an identity and lets one writer in. The answer's ticket fetches the file
     descriptor over the descriptor socket, once, within 30 seconds; the caller keeps that socket open as its sign of
-    life. A repeat with the same identity by a writer that died gets the same pool, warm.
-    Errors: INVALID_ARGUMENT INVALID_REQUEST, FAILED_PRECONDITION WRITER_ALIVE or BUDGET_TOO_SMALL. Typical deadline:
-    60 seconds, since a new pool's memory is reserved while the call runs.
+    life. A repeat with the same identity by a writer that died gets the same pool, warm. With `resumption` a writer
+    that outlived the memory service goes on: same pool, same generation.
+    Errors: INVALID_ARGUMENT INVALID_REQUEST, FAILED_PRECONDITION WRITER_ALIVE, BUDGET_TOO_SMALL, or POOL_MISMATCH when
+    what is to be resumed is not there any more. Typical deadline: 60 seconds, since a new pool's memory is reserved
+    while the call runs.
     """
 
 class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -65,9 +69,11 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_pool_pb2.AttachPoolResponse, _abc.Awaitable[_pool_pb2.AttachPoolResponse]]:
         """AttachPool finds or creates the pool of an identity and lets one writer in. The answer's ticket fetches the file
         descriptor over the descriptor socket, once, within 30 seconds; the caller keeps that socket open as its sign of
-        life. A repeat with the same identity by a writer that died gets the same pool, warm.
-        Errors: INVALID_ARGUMENT INVALID_REQUEST, FAILED_PRECONDITION WRITER_ALIVE or BUDGET_TOO_SMALL. Typical deadline:
-        60 seconds, since a new pool's memory is reserved while the call runs.
+        life. A repeat with the same identity by a writer that died gets the same pool, warm. With `resumption` a writer
+        that outlived the memory service goes on: same pool, same generation.
+        Errors: INVALID_ARGUMENT INVALID_REQUEST, FAILED_PRECONDITION WRITER_ALIVE, BUDGET_TOO_SMALL, or POOL_MISMATCH when
+        what is to be resumed is not there any more. Typical deadline: 60 seconds, since a new pool's memory is reserved
+        while the call runs.
         """
 
 def add_PoolServiceServicer_to_server(servicer: PoolServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
