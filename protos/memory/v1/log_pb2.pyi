@@ -600,6 +600,7 @@ class PoolDescription(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_ENABLED_FIELD_NUMBER: _builtins.int
+    IN_WRITERS_MEMORY_FIELD_NUMBER: _builtins.int
     identity: _builtins.bytes
     """The serialised `PoolIdentity`."""
     num_blocks: _builtins.int
@@ -610,6 +611,8 @@ class PoolDescription(_message.Message):
     """Token slots a block."""
     prefix_cache_enabled: _builtins.bool
     """Whether prefixes are cached."""
+    in_writers_memory: _builtins.bool
+    """Whether the bytes lie with the writer: then they end with it, and no file is looked for."""
     def __init__(
         self,
         *,
@@ -618,10 +621,11 @@ class PoolDescription(_message.Message):
         size_bytes: _builtins.int = ...,
         block_size: _builtins.int = ...,
         prefix_cache_enabled: _builtins.bool = ...,
+        in_writers_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "identity", b"identity", "num_blocks", b"num_blocks", "prefix_cache_enabled", b"prefix_cache_enabled", "size_bytes", b"size_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "identity", b"identity", "in_writers_memory", b"in_writers_memory", "num_blocks", b"num_blocks", "prefix_cache_enabled", b"prefix_cache_enabled", "size_bytes", b"size_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
