@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,8 @@ ENV_PREFIX = "QUIRE_"
 
 MAX_BLOCK_SIZE = 256
 OFF = "off"  # in place of an address
+# gRPC keeps names that begin with its own for itself.
+_METADATA_KEY = re.compile(r"(?!grpc-)[a-z0-9_.-]+")
 
 
 def _power_of_two(value: int) -> int:
@@ -26,7 +29,15 @@ def _off_is_a_word(value: object) -> object:
     return OFF if value is False else value
 
 
+def _metadata_key(value: str) -> str:
+    if not _METADATA_KEY.fullmatch(value) or value.endswith("-bin") or value == "authorization":
+        message = "must be a key of text metadata, in small letters, e.g. x-quire-tenant"
+        raise ValueError(message)
+    return value
+
+
 BlockSize = Annotated[int, AfterValidator(_power_of_two)]
+MetadataKey = Annotated[str, AfterValidator(_metadata_key)]
 MetricsAddress = Annotated[str, BeforeValidator(_off_is_a_word)]
 DEFAULT_MEMORY_BUDGET = ByteSize(1 << 30)
 DEFAULT_ROUTER_ADDRESS = "127.0.0.1:7071"
@@ -107,6 +118,18 @@ class _SchedulingSettings(BaseSettings):
     )
 
 
+class _TenantSettings(BaseSettings):
+    """Who a call belongs to; without any of it all calls belong to one tenant."""
+
+    tenants: Path | None = Field(
+        None, description="YAML file: tenant to the SHA-256 digests of its bearer tokens"
+    )
+    tenant_metadata: MetadataKey | None = Field(
+        None,
+        description="key of call metadata in which a trusted gateway names the tenant, e.g. x-quire-tenant",
+    )
+
+
 class _CompatSettings(BaseSettings):
     """Under which names metrics are told."""
 
@@ -147,7 +170,7 @@ class ComputeSettings(_ModelSettings, ServiceSettings):
     memory_address: str = Field("127.0.0.1:7072", description="address of the memory service")
 
 
-class RouterSettings(_SchedulingSettings, _CompatSettings, ServiceSettings):
+class RouterSettings(_SchedulingSettings, _TenantSettings, _CompatSettings, ServiceSettings):
     """Run the router: clients talk to it, it asks the memory and the compute service."""
 
     listen: tuple[str, ...] = Field(
@@ -161,7 +184,12 @@ class RouterSettings(_SchedulingSettings, _CompatSettings, ServiceSettings):
 
 
 class UpSettings(
-    _ModelSettings, _PoolSettings, _SchedulingSettings, _CompatSettings, ServiceSettings
+    _ModelSettings,
+    _PoolSettings,
+    _SchedulingSettings,
+    _TenantSettings,
+    _CompatSettings,
+    ServiceSettings,
 ):
     """Serve a model: start memory service, compute service and router, until Ctrl-C."""
 

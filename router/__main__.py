@@ -18,6 +18,7 @@ from quire.settings_loader import load
 from router.metrics import router_metrics
 from router.node import Node
 from router.servicer import RouterServicer
+from router.tenants import Tenants, tenants_of
 from router.vllm_names import vllm_metrics
 
 if TYPE_CHECKING:
@@ -44,13 +45,14 @@ async def _serve(settings: RouterSettings) -> None:
     stop = asyncio.Event()
     serving.install_stop_signals(asyncio.get_running_loop(), stop)
     serving.end_with_parent(settings.parent_pid)
+    tenants = tenants_of(settings)
     # The addresses are claimed before anything is waited for: a taken port shows at once.
     server = serving.create_server()
     addresses = [serving.bind(server, address) for address in settings.listen]
     metrics = MetricsEndpoint("router")
     try:
         metrics.start(settings.metrics_listen)
-        await _serve_node(settings, server, addresses, metrics, stop)
+        await _serve_node(settings, tenants, server, addresses, metrics, stop)
     finally:
         metrics.stop()
         for address in addresses:
@@ -59,12 +61,13 @@ async def _serve(settings: RouterSettings) -> None:
 
 async def _serve_node(
     settings: RouterSettings,
+    tenants: Tenants,
     server: grpc.aio.Server,
     addresses: list[str],
     metrics: MetricsEndpoint,
     stop: asyncio.Event,
 ) -> None:
-    servicer, reporter = RouterServicer(), serving.HealthReporter()
+    servicer, reporter = RouterServicer(tenants), serving.HealthReporter()
     router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
     await reporter.add_to(server, [_SERVICE])
     # It answers before there is an engine: that it waits for one is no reason to start it again.

@@ -19,6 +19,7 @@ from router.step import (
     Admission,
     MemoryAnswer,
     RefusalReason,
+    ReleaseReason,
     StepFailure,
     StepResult,
     TokenLogprobs,
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from router.step import Fork, StepBatch, StepPlan
 
 _GET_MODEL_TIMEOUT_S = 5.0
+_RELEASE_REASONS = {
+    reason: memory_pb2.ReleaseReason.Value(f"RELEASE_REASON_{reason.name}")
+    for reason in ReleaseReason
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +196,8 @@ def _allocate_step(plan: StepPlan, generation: int) -> memory_pb2.AllocateStep:
         commit_rows=[commit.row for commit in plan.commits],
         commit_num_computed_tokens=[commit.num_computed_tokens for commit in plan.commits],
         commit_token_ids=b"".join(commit.token_ids for commit in plan.commits),
-        release_rows=plan.releases,
+        release_rows=[release.row for release in plan.releases],
+        release_reasons=[_RELEASE_REASONS[release.reason] for release in plan.releases],
         forks=[_fork_demand(fork) for fork in plan.forks],
         extend_rows=[work.sequence.row for work in plan.extends],
         extend_starts=[work.start for work in plan.extends],
@@ -221,6 +227,7 @@ def _admit_demand(sequence: Sequence) -> memory_pb2.AdmitDemand:
         request_id=sequence.request.request_id,
         token_ids=sequence.token_ids.tobytes(),
         num_sequences=sequence.num_sequences,
+        tenant=sequence.request.tenant,
     )
 
 

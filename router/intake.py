@@ -61,6 +61,8 @@ class Intake:
         stopping: StoppingCriteria,
         priority: int,
         sink: Sink,
+        *,
+        tenant: str,
     ) -> Request:
         """The request with all defaults filled in.
 
@@ -85,6 +87,7 @@ class Intake:
             priority=priority,
             sink=sink,
             new_output=partial(self._new_output, prompt.token_ids, stopping),
+            tenant=tenant,
         )
 
     def _new_output(self, token_ids: Sequence[int], stopping: StoppingCriteria) -> TextOutput:

@@ -105,9 +105,9 @@ class Node:
         self.tally.accepted(request, received_at)
         self._loop.wake()
 
-    def find(self, request_id: str) -> Request:
-        """The live request with this id; raises RequestNotFound."""
-        return self.scheduler.requests.get(request_id)
+    def find(self, tenant: str, request_id: str) -> Request:
+        """The live request of `tenant` with this id; raises RequestNotFound."""
+        return self.scheduler.requests.get(tenant, request_id)
 
     def abort(self, request: Request) -> None:
         """End `request` if it is live."""

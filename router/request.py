@@ -7,6 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,6 +82,8 @@ class Request:
     priority: int
     sink: Sink
     new_output: Callable[[], TextOutput]
+    tenant: str = ""  # whose it is, from the call's credentials; empty: of all who have none
+    error: QuireError | None = None  # what ended it, if one did
     arrival: int = 0  # number given by the scheduler; order among equals
     num_cached_tokens: int = -1  # -1: never admitted
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
@@ -91,6 +94,11 @@ class Request:
     admitted_at: float = 0.0  # for the first time
     first_token_at: float = 0.0
     finished_at: float = 0.0
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from all live requests: ids are chosen by clients, and unique only within a tenant."""
+        return self.tenant, self.request_id
 
     @property
     def num_samples(self) -> int:
@@ -111,6 +119,11 @@ class Request:
     def suppressed_token_ids(self) -> tuple[int, ...]:
         """Tokens that cannot be sampled before min_tokens."""
         return tuple(sorted(self.end_token_ids)) if self.stopping.min_tokens else ()
+
+    def fail(self, error: QuireError) -> None:
+        """Tell the sink that the request ends by `error`; its samples are still to be finished."""
+        self.error = error
+        self.sink.failed(error)
 
     def finish_sample(
         self, sample_index: int, reason: FinishReason, *, matched: str | int | None = None
@@ -156,8 +169,10 @@ class Sequence:
 
     @property
     def sequence_id(self) -> str:
-        """Id for people."""
-        return f"{self.request.request_id}/{self.sample_index}"
+        """Id for people, unique among live sequences: behind the last slash no two tenants look the same."""
+        tenant = self.request.tenant
+        owner = f"@{quote(tenant, safe='')}" if tenant else ""
+        return f"{self.request.request_id}/{self.sample_index}{owner}"
 
     @property
     def num_prompt_tokens(self) -> int:

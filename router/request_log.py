@@ -10,9 +10,26 @@ from quire.errors import QuireError
 
 if TYPE_CHECKING:
     from quire.errors import ErrorReason
-    from router.request import Request
+    from router.request import Request, Sequence
 
 _logger = structlog.get_logger()
+
+
+def bind_tenant(tenant: str) -> None:
+    """Let the records of this call name its tenant, if it has one."""
+    if tenant:
+        structlog.contextvars.bind_contextvars(tenant=tenant)
+
+
+def ids_of(request: Request) -> dict[str, str]:
+    """What names a request in a record that is not of its call."""
+    tenant = {"tenant": request.tenant} if request.tenant else {}
+    return {"request_id": request.request_id, **tenant}
+
+
+def ids_of_sequence(sequence: Sequence) -> dict[str, str]:
+    """What names a sequence in a record that is not of its call."""
+    return {**ids_of(sequence.request), "sequence_id": sequence.sequence_id}
 
 
 def log_accepted(request: Request) -> None:
@@ -48,7 +65,12 @@ def log_finished(request: Request) -> None:
         queue_s=_since_received(request, request.admitted_at),
         ttft_s=_since_received(request, request.first_token_at),
         e2e_s=_since_received(request, request.finished_at),
+        **_error(request),
     )
+
+
+def _error(request: Request) -> dict[str, str]:
+    return {"reason": request.error.reason.value} if request.error else {}
 
 
 def _since_received(request: Request, moment: float) -> float | None:

@@ -22,14 +22,17 @@ _RETRY_RANGE_S = (0.05, 60.0)
 
 
 class RequestTable:
-    """Requests by id. A request is live from `add` until every sample has ended."""
+    """Requests by tenant and id. A request is live from `add` until every sample has ended.
+
+    No tenant learns of another's ids: the same id may be live for each of them.
+    """
 
     def __init__(self, queue_limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._queue_limit = queue_limit
         self._clock = clock
         self._ends: deque[float] = deque(maxlen=_NUM_ENDS)  # when the last requests ended
         self._arrivals = count()
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[tuple[str, str], Request] = {}
         self.waiting = WaitingQueue()
 
     def __len__(self) -> int:
@@ -42,11 +45,11 @@ class RequestTable:
 
     def is_live(self, request: Request) -> bool:
         """Whether `request` was added and has not ended."""
-        return self._requests.get(request.request_id) is request
+        return self._requests.get(request.key) is request
 
-    def get(self, request_id: str) -> Request:
-        """The live request with this id; raises RequestNotFound."""
-        request = self._requests.get(request_id)
+    def get(self, tenant: str, request_id: str) -> Request:
+        """The live request of `tenant` with this id; raises RequestNotFound."""
+        request = self._requests.get((tenant, request_id))
         if request is None:
             message = f"no live request has the id {request_id!r}; it may have finished"
             raise RequestNotFound(message, metadata={"request_id": request_id})
@@ -56,18 +59,19 @@ class RequestTable:
         """Let `request` wait.
 
         Raises:
-            RequestIdInUse: when a live request has its id.
+            RequestIdInUse: when a live request of its tenant has its id.
             QueueFull: when as many wait as may.
         """
-        self._check_room(request.request_id)
+        self._check_room(request)
         request.arrival = next(self._arrivals)
-        self._requests[request.request_id] = request
+        self._requests[request.key] = request
         self.waiting.add(first_sequence(request))
 
-    def _check_room(self, request_id: str) -> None:
-        if request_id in self._requests:
-            message = f"request_id {request_id!r} belongs to a live request; choose another one"
-            raise RequestIdInUse(message, metadata={"request_id": request_id})
+    def _check_room(self, request: Request) -> None:
+        if request.key in self._requests:
+            name = request.request_id
+            message = f"request_id {name!r} belongs to a live request; choose another one"
+            raise RequestIdInUse(message, metadata={"request_id": name})
         num_waiting = len(self.waiting)
         if num_waiting >= self._queue_limit:
             message = f"{num_waiting} requests wait, {self._queue_limit} are allowed; repeat later"
@@ -86,7 +90,7 @@ class RequestTable:
 
     def forget_if_finished(self, request: Request) -> bool:
         """Let the id of a request go once every sample has ended; whether that was now."""
-        if not request.is_finished or self._requests.pop(request.request_id, None) is None:
+        if not request.is_finished or self._requests.pop(request.key, None) is None:
             return False
         self._ends.append(self._clock())
         return True

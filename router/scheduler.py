@@ -11,24 +11,29 @@ from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
-from quire.errors import StepFailed
+from quire.errors import QuotaExceeded, StepFailed
+from router.admissions import Admissions
 from router.failure_isolation import FailureIsolation
-from router.preemption import choose_victims
+from router.preemption import victims_of
 from router.request import FinishReason, SequenceState
 from router.requests import RequestTable
-from router.row_mirror import RowMirror
-from router.rows import RowTable
-from router.step import Commit, Fork, Output, RefusalReason, StepBatch, StepPlan, Work
+from router.running import RELEASE_REASONS, Running
+from router.step import Fork, RefusalReason, ReleaseReason, StepPlan, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from quire.errors import QuireError
     from router.request import Request, Sequence
-    from router.step import MemoryAnswer, StepFailure, StepResult, TokenLogprobs
+    from router.step import (
+        MemoryAnswer,
+        Output,
+        StepBatch,
+        StepFailure,
+        StepResult,
+        TokenLogprobs,
+    )
     from router.tally import Tally
-
-# Admissions asked for in one step: each costs its whole prompt on the wire.
-MAX_ADMITS_PER_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +59,9 @@ class Scheduler:
         self._tally = tally
         self._steps = count(1)
         self._requests = RequestTable(limits.queue_limit)
-        self._rows = RowTable(limits.max_num_seqs)
-        self._mirror = RowMirror()
+        self._running = Running(limits.max_num_seqs, limits.block_size)
+        self._admissions = Admissions(self._requests.waiting, self._running.rows)
         self._isolation = FailureIsolation()
-        self._commits: list[Commit] = []
-        self._releases: list[int] = []
-        self._forks: list[Fork] = []
-        self._asked: list[Sequence] = []  # admissions that memory has not answered
-        self._acknowledged_step = 0
         self.num_available_blocks: int | None = None  # after memory's last answer
         self.victims: list[Sequence] = []  # preempted at the last answer
 
@@ -73,28 +73,27 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Sequences that hold a row."""
-        return len(self._rows)
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
         """Sequences that wait for admission, those included that memory is being asked about."""
-        asked = [found for found in self._asked if found.state is not SequenceState.FINISHED]
-        return len(self._requests.waiting) + len(asked)
+        return self._admissions.num_waiting
 
     @property
     def num_running_requests(self) -> int:
         """Requests of which at least one sequence runs; all other live ones wait."""
-        return len({id(sequence.request) for sequence in self._rows})
+        return len({id(sequence.request) for sequence in self._running})
 
     @property
     def owes_memory(self) -> bool:
         """Whether memory has something to hear, which may free blocks."""
-        return bool(self._commits or self._releases or self._forks)
+        return self._running.owes_memory
 
     @property
     def has_work(self) -> bool:
         """Whether a step has anything to do, be it only giving blocks back."""
-        return bool(self._requests.waiting or self._rows or self.owes_memory)
+        return bool(self._requests.waiting or self._running or self.owes_memory)
 
     def add(self, request: Request) -> None:
         """Let `request` wait for admission; raises RequestIdInUse or QueueFull."""
@@ -109,27 +108,24 @@ class Scheduler:
             if sequence is None:
                 request.finish_sample(sample_index, reason)
             elif sequence.state is not SequenceState.FINISHED:
-                self._leave(sequence)
+                self._leave(sequence, RELEASE_REASONS[reason])
                 sequence.cut_off(reason)
         self._forget_if_finished(request)
+
+    def _end(self, request: Request, error: QuireError) -> None:
+        request.fail(error)
+        self.abort(request, FinishReason.ERROR)
 
     def _forget_if_finished(self, request: Request) -> None:
         if self._requests.forget_if_finished(request):
             self._tally.finished(request)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence, reason: ReleaseReason) -> None:
         """Take a sequence out of wherever it is."""
         self._isolation.forget([sequence])
-        if sequence in self._requests.waiting:
-            self._requests.waiting.remove(sequence)
-        self._forks = [fork for fork in self._forks if fork.child is not sequence]
-        self._release(sequence)
-
-    def _release(self, sequence: Sequence) -> None:
-        if self._rows.holds(sequence):
-            row = self._rows.release(sequence)
-            self._mirror.drop(row)
-            self._releases.append(row)
+        self._admissions.remove(sequence)
+        if self._running.leave(sequence, reason):
+            self._admissions.gave_blocks_up(sequence)
 
     # Plan
 
@@ -137,28 +133,11 @@ class Scheduler:
         """What the next step asks of memory. The caller must go on with `admit`."""
         plan = StepPlan(next(self._steps))
         plan.watermark_blocks = self._limits.watermark_blocks
-        plan.commits, self._commits = self._commits, []
-        plan.forks, self._forks = self._forks, []
-        self._plan_releases(plan)
-        if not self._rows:
-            # Copies that a lost step may not have made are owed to nobody: their sources need no pins any more.
-            self._mirror.acknowledge_copies()
-            self._acknowledged_step = plan.step - 1
-        plan.acknowledged_step = self._acknowledged_step
-        for fork in plan.forks:
-            self._rows.give(fork.child)
-            self._rows.start(fork.child)
+        self._running.plan(plan)
         budget = self._plan_extends(plan)
         if self._isolation.suspects() is None and budget > 0:
-            self._plan_admits(plan, budget)
+            self._admissions.plan(plan, budget)
         return plan
-
-    def _plan_releases(self, plan: StepPlan) -> None:
-        """Release all rows but those of parents whose children are forked in this very step."""
-        parents = {fork.parent.row for fork in plan.forks}
-        plan.releases = [row for row in self._releases if row not in parents]
-        self._releases = [row for row in self._releases if row in parents]
-        self._rows.free(plan.releases)
 
     def _plan_extends(self, plan: StepPlan) -> int:
         budget = self._limits.max_num_batched_tokens
@@ -172,143 +151,74 @@ class Scheduler:
 
     def _runnable(self) -> list[Sequence]:
         suspects = self._isolation.suspects()
-        candidates: Iterable[Sequence] = self._rows if suspects is None else suspects
+        candidates: Iterable[Sequence] = self._running if suspects is None else suspects
         return sorted(
-            (found for found in candidates if self._rows.holds(found)),
+            (found for found in candidates if self._running.holds(found)),
             key=lambda found: found.urgency,
         )
-
-    def _plan_admits(self, plan: StepPlan, budget: int) -> None:
-        plan.admit_token_budget = budget
-        num_rows = self._rows.num_unclaimed
-        for sequence in self._requests.waiting.first(MAX_ADMITS_PER_STEP):
-            num_rows -= sequence.num_sequences
-            if num_rows < 0:
-                break
-            self._rows.give(sequence)
-            self._requests.waiting.remove(sequence)
-            plan.admits.append(sequence)
-        self._asked = plan.admits
 
     # Admit
 
     def admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
         """The batch that compute can run with what memory gave; None when nobody can run."""
         self.num_available_blocks = answer.num_available_blocks
-        self._take_tables(plan, answer)
+        self._end_larger_than_quota(plan, answer)
+        self._running.take_tables(plan, answer)
         work = plan.extends + list(self._take_admissions(plan, answer))
         self._preempt_for(plan, answer)
         work = [found for found in work if self._may_run(found, answer)]
-        return self._make_batch(plan, work) if work else None
+        return self._running.make_batch(plan, work) if work else None
 
-    def _take_tables(self, plan: StepPlan, answer: MemoryAnswer) -> None:
-        for fork in plan.forks:
-            fork.child.block_table = answer.forked_tables[fork.child.row]
-        # A sequence may have been aborted since the plan: its row is empty until the next one.
-        for row, block_id in answer.new_blocks:
-            if (sequence := self._rows.get(row)) is not None:
-                sequence.block_table.append(block_id)
-                self._mirror.append(row, block_id)
-        for row, index, block_id in answer.remaps:
-            if (sequence := self._rows.get(row)) is not None:
-                sequence.block_table[index] = block_id
-                self._mirror.remap(row, index, block_id)
-        for src, dst in answer.copies:
-            self._mirror.copy(src, dst)
+    def _end_larger_than_quota(self, plan: StepPlan, answer: MemoryAnswer) -> None:
+        """Waiting is of no use to them, and they would keep their tenant's blocks."""
+        for sequence in [*(work.sequence for work in plan.extends), *plan.admits]:
+            is_larger = answer.refusals.get(sequence.row) is RefusalReason.LARGER_THAN_QUOTA
+            if is_larger and self._requests.is_live(sequence.request):
+                self._end(sequence.request, _larger_than_quota(sequence.request))
 
     def _take_admissions(self, plan: StepPlan, answer: MemoryAnswer) -> Iterator[Work]:
-        self._asked = []
-        for sequence in plan.admits:
-            admission = answer.admissions.get(sequence.row)
-            was_aborted = sequence.state is SequenceState.FINISHED
-            if admission is None:
-                self._rows.free([sequence.row])
-                if not was_aborted:
-                    self._wait_again(sequence)
-            elif was_aborted:
-                self._releases.append(sequence.row)
-            else:
-                self._rows.start(sequence)
-                cached = admission.num_cached_tokens
-                if sequence.begin(admission.block_table, cached):
-                    self._tally.admitted(sequence.request)
-                yield Work(sequence, sequence.incarnation, cached, admission.num_scheduled_tokens)
-
-    def _wait_again(self, sequence: Sequence) -> None:
-        sequence.lose_row()
-        self._requests.waiting.add(sequence)
+        for sequence, admission in self._admissions.take(plan, answer):
+            request, num_cached = sequence.request, admission.num_cached_tokens
+            if sequence.state is SequenceState.FINISHED:  # aborted since the plan
+                assert request.finish_reason is not None
+                self._running.give_back(sequence.row, RELEASE_REASONS[request.finish_reason])
+                continue
+            self._running.start(sequence)
+            if sequence.begin(admission.block_table, num_cached):
+                self._tally.admitted(request)
+            yield Work(sequence, sequence.incarnation, num_cached, admission.num_scheduled_tokens)
 
     def _may_run(self, work: Work, answer: MemoryAnswer) -> bool:
-        return self._rows.holds(work.sequence) and work.sequence.row not in answer.refusals
+        return self._running.holds(work.sequence) and work.sequence.row not in answer.refusals
 
     def _preempt_for(self, plan: StepPlan, answer: MemoryAnswer) -> None:
         """Make room for the running sequences that memory refused: the next step finds it."""
-        missing = {
-            work.sequence.row: self._num_missing_blocks(work)
+        refused = (
+            work
             for work in plan.extends
-            if answer.refusals.get(work.sequence.row) is RefusalReason.NO_BLOCKS
-        }
-        self.victims = choose_victims(self._rows, missing)
+            if self._running.holds(work.sequence) and work.sequence.row in answer.refusals
+        )
+        self.victims = victims_of(refused, self._running, answer, self._limits.block_size)
         for victim in self.victims:
             self._tally.preempted()
-            self._isolation.forget([victim])
-            self._release(victim)
-            self._wait_again(victim)
-
-    def _num_missing_blocks(self, work: Work) -> int:
-        num_blocks = -(-(work.start + work.num_tokens) // self._limits.block_size)
-        # At least one: a shared last block needs a copy even when the table is long enough.
-        return max(1, num_blocks - len(work.sequence.block_table))
-
-    def _make_batch(self, plan: StepPlan, work: list[Work]) -> StepBatch:
-        batch = StepBatch(step=plan.step, work=work)
-        self._mirror.fill(batch, [fork for fork in plan.forks if self._rows.holds(fork.child)])
-        for found in work:
-            sequence = found.sequence
-            sequence.num_in_flight_tokens += found.num_tokens
-            if sequence.num_tokens_to_run == 0:
-                batch.outputs += [
-                    Output(sequence, sequence.incarnation, sample_index)
-                    for sample_index in sequence.samples_to_draw
-                ]
-        return batch
+            self._leave(victim, ReleaseReason.PREEMPTED)
+            self._admissions.wait_again(victim)
 
     # Apply
 
     def skip(self, plan: StepPlan) -> None:
-        """The step ran nothing: whoever needed a copy of its answer was refused or preempted."""
-        if self._mirror.drop_new_copies():
-            self._acknowledged_step = plan.step
+        """The step ran nothing."""
+        self._running.skipped(plan)
 
     def apply(self, batch: StepBatch, result: StepResult) -> None:
         """Take in what compute returned: progress, tokens, ends."""
-        self._acknowledged_step = batch.step
-        self._mirror.acknowledge_copies()
         self._isolation.step_succeeded(work.sequence for work in batch.work)
-        for work in batch.work:
-            self._advance(work)
+        self._running.acknowledge(batch)
         self._tally.outputs_arrived()
         for index, output in enumerate(batch.outputs):
             if self._requests.is_live(output.sequence.request):
                 logprobs = result.logprobs.get(index)
                 self._take_output(output, batch.step, index, result.token_ids[index], logprobs)
-
-    def _advance(self, work: Work) -> None:
-        sequence = work.sequence
-        if sequence.incarnation != work.incarnation or not self._rows.holds(sequence):
-            return
-        sequence.num_in_flight_tokens -= work.num_tokens
-        sequence.num_computed_tokens += work.num_tokens
-        self._commits.append(self._commit(sequence))
-
-    def _commit(self, sequence: Sequence) -> Commit:
-        size = self._limits.block_size
-        begin = sequence.num_committed_tokens // size * size
-        end = sequence.num_computed_tokens // size * size
-        sequence.num_committed_tokens = sequence.num_computed_tokens
-        return Commit(
-            sequence.row, sequence.num_computed_tokens, sequence.token_ids[begin:end].tobytes()
-        )
 
     def _take_output(
         self, output: Output, step: int, index: int, token_id: int, logprobs: TokenLogprobs | None
@@ -317,46 +227,47 @@ class Scheduler:
         if output.sample_index != sequence.sample_index:
             parent, sequence = sequence, sequence.fork(output.sample_index)
             num_tokens = parent.num_prompt_tokens
-            self._forks.append(Fork(parent, sequence, num_tokens, step, index))
+            self._running.fork(Fork(parent, sequence, num_tokens, step, index))
         elif output.incarnation != sequence.incarnation:
             return
         sequence.has_forked = True
         self._tally.token(sequence)
         sequence.append(token_id, logprobs)
         if sequence.state is SequenceState.FINISHED:
-            self._leave(sequence)
+            self._leave(sequence, ReleaseReason.FINISHED)
             self._forget_if_finished(sequence.request)
 
     def fail(self, batch: StepBatch, failure: StepFailure) -> Sequence | None:
         """Roll back to what was acknowledged; the sequence that makes steps fail once it is found: its request ends."""
         self.compute_lost()
         guilty = self._isolation.step_failed(
-            [work.sequence for work in batch.work if self._rows.holds(work.sequence)]
+            [work.sequence for work in batch.work if self._running.holds(work.sequence)]
         )
         if guilty is not None:
-            request = guilty.request
-            request.sink.failed(
-                StepFailed(
-                    f"the model could not run this request: {failure.message}",
-                    metadata={"request_id": request.request_id},
-                )
-            )
-            self.abort(request, FinishReason.ERROR)
+            self._end(guilty.request, _step_failed(guilty.request, failure))
         return guilty
 
     def compute_lost(self) -> None:
         """Compute forgot its rows and did not acknowledge what is in flight: the next step is a reset."""
-        self._mirror.reset()
-        for sequence in self._rows:
-            sequence.roll_back()
+        self._running.compute_lost()
 
     def session_resumed(self, held_rows: Iterable[int]) -> None:
         """Memory answers on a new stream: give back every row it still holds, recompute from prefix hits."""
-        asked = [found for found in self._asked if found.state is not SequenceState.FINISHED]
-        orphans = [*self._rows, *asked, *(fork.child for fork in self._forks)]
-        self._asked, self._commits, self._forks, self._releases = [], [], [], list(held_rows)
-        self._rows.clear(self._releases)
-        self._mirror = RowMirror()
         self._isolation = FailureIsolation()
-        for sequence in orphans:
-            self._wait_again(sequence)
+        orphans = self._running.session_resumed(held_rows)
+        for sequence in [*orphans, *self._admissions.session_resumed()]:
+            self._admissions.wait_again(sequence)
+
+
+def _step_failed(request: Request, failure: StepFailure) -> StepFailed:
+    message = f"the model could not run this request: {failure.message}"
+    return StepFailed(message, metadata={"request_id": request.request_id})
+
+
+def _larger_than_quota(request: Request) -> QuotaExceeded:
+    owner = f"of tenant {request.tenant!r}" if request.tenant else "of callers without a tenant"
+    message = (
+        f"the request needs more blocks than the hard quota {owner} allows; ask for a shorter prompt, fewer tokens or "
+        "fewer samples, or let the operator raise the quota"
+    )
+    return QuotaExceeded(message, metadata={"tenant": request.tenant})

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from protos.router.v1 import router_pb2 as pb
 from protos.router.v1 import router_pb2_grpc
 from quire import __version__
 from quire.errors import ErrorReason, FieldViolation, InvalidRequest, NotReady, QuireError
+from router import messages
 from router.intake import Prompt
 from router.output_stream import OutputStream
 from router.request import Finish
-from router.request_log import log_accepted, log_finished, log_rejected
-from router.sampling_params import SamplingParams, StoppingCriteria, token_id_violations
+from router.request_log import bind_tenant, log_accepted, log_finished, log_rejected
+from router.sampling_params import token_id_violations
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -23,19 +24,17 @@ if TYPE_CHECKING:
 
     from router.node import Node
     from router.request import Request
-    from router.step import TokenLogprobs
-    from router.text_output import OutputDelta
+    from router.tenants import Tenants
 
 # Tokenizing longer texts would hold up the steps of everybody else; a thread costs 50 microseconds.
 _INLINE_CHARS = 2_000
-
-_LOGIT_BIAS = "logit_bias"
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Implements `quire.router.v1.RouterService`; that file holds the contract."""
 
-    def __init__(self) -> None:
+    def __init__(self, tenants: Tenants) -> None:
+        self._tenants = tenants
         self._connected: Node | None = None
 
     def serve(self, node: Node) -> None:
@@ -55,14 +54,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse],
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one request."""
-        live, stream = await self._accept(request)
+        live, stream = await self._accept(request, context)
         with self._aborted_at_exit(live):
-            yield pb.GenerateResponse(accepted=_accepted(live))
+            yield pb.GenerateResponse(accepted=messages.accepted(live))
             async for event in stream.events():
                 if isinstance(event, Finish):
-                    yield pb.GenerateResponse(finished=_finished(event))
+                    yield pb.GenerateResponse(finished=messages.finished(event))
                 else:
-                    yield pb.GenerateResponse(delta=_delta(*event))
+                    yield pb.GenerateResponse(delta=messages.delta(*event))
 
     async def Complete(
         self,
@@ -70,14 +69,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: grpc.aio.ServicerContext[pb.CompleteRequest, pb.CompleteResponse],
     ) -> pb.CompleteResponse:
         """Answer one request whole."""
-        live, stream = await self._accept(request.request)
+        live, stream = await self._accept(request.request, context)
         with self._aborted_at_exit(live):
             completions = [pb.Completion() for _ in range(live.num_samples)]
             async for event in stream.events():
                 if isinstance(event, Finish):
-                    completions[event.sample_index].finished.CopyFrom(_finished(event))
+                    completions[event.sample_index].finished.CopyFrom(messages.finished(event))
                 else:
-                    _extend(completions[event[0]], event[1])
+                    messages.extend(completions[event[0]], event[1])
             return pb.CompleteResponse(
                 request_id=live.request_id, seed=live.seed, completions=completions
             )
@@ -88,9 +87,10 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: grpc.aio.ServicerContext[pb.AbortRequest, pb.AbortResponse],
     ) -> pb.AbortResponse:
         """End a live request."""
+        tenant = self._identify(context)
         if not request.request_id:
             raise InvalidRequest.of([FieldViolation("request_id", "is empty")])
-        self._node.abort(self._node.find(request.request_id))
+        self._node.abort(self._node.find(tenant, request.request_id))
         return pb.AbortResponse()
 
     async def Tokenize(
@@ -99,6 +99,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: grpc.aio.ServicerContext[pb.TokenizeRequest, pb.TokenizeResponse],
     ) -> pb.TokenizeResponse:
         """Turn a prompt into tokens."""
+        self._identify(context)
         prompt = await self._tokenize(request)
         return pb.TokenizeResponse(token_ids=prompt.token_ids)
 
@@ -108,6 +109,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: grpc.aio.ServicerContext[pb.DetokenizeRequest, pb.DetokenizeResponse],
     ) -> pb.DetokenizeResponse:
         """Turn tokens into text."""
+        self._identify(context)
         violations = [
             violation
             for index, token_id in enumerate(request.token_ids)
@@ -125,6 +127,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: grpc.aio.ServicerContext[pb.GetModelRequest, pb.GetModelResponse],
     ) -> pb.GetModelResponse:
         """Describe what is served."""
+        self._identify(context)
         model = self._node.model
         return pb.GetModelResponse(
             served_model_name=self._node.served_model_name,
@@ -137,11 +140,19 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             quire_version=__version__,
         )
 
-    async def _accept(self, message: pb.GenerateRequest) -> tuple[Request, OutputStream]:
+    def _identify(self, context: grpc.aio.ServicerContext[Any, Any]) -> str:
+        """The tenant of the call; raises Unauthenticated."""
+        tenant = self._tenants.of(context.invocation_metadata())
+        bind_tenant(tenant)
+        return tenant
+
+    async def _accept(
+        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> tuple[Request, OutputStream]:
         """Let a request wait for its turn; a request is accepted or rejected, and counted as one of both."""
         received_at = self._node.tally.now()
         try:
-            request, stream = await self._build(message)
+            request, stream = await self._build(message, self._identify(context))
             self._node.add(request, received_at)
         except Exception as error:
             reason = error.reason if isinstance(error, QuireError) else ErrorReason.INTERNAL
@@ -151,20 +162,23 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         log_accepted(request)
         return request, stream
 
-    async def _build(self, message: pb.GenerateRequest) -> tuple[Request, OutputStream]:
+    async def _build(
+        self, message: pb.GenerateRequest, tenant: str
+    ) -> tuple[Request, OutputStream]:
         if self._node.is_draining:
             reason = "the router is shutting down; repeat on another one"
             raise NotReady(reason, retry_after_s=1.0)
         prompt = await self._prompt(message)
-        sampling = _sampling_params(message.sampling)
+        sampling = messages.sampling_params(message.sampling)
         stream = OutputStream(sampling.num_samples)
         request = self._node.intake.build(
             message.request_id,
             prompt,
             sampling,
-            _stopping_criteria(message.stopping),
+            messages.stopping_criteria(message.stopping),
             message.priority,
             stream,
+            tenant=tenant,
         )
         return request, stream
 
@@ -210,69 +224,3 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         finally:
             self._node.abort(request)
             log_finished(request)
-
-
-def _sampling_params(message: pb.SamplingParams) -> SamplingParams:
-    # ListFields gives what was set: every singular field is optional.
-    given = {field.name: value for field, value in message.ListFields()}
-    given[_LOGIT_BIAS] = tuple((entry.token_id, entry.bias) for entry in message.logit_bias)
-    return SamplingParams(**given)
-
-
-def _stopping_criteria(message: pb.StoppingCriteria) -> StoppingCriteria:
-    return StoppingCriteria(
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else None,
-        min_tokens=message.min_tokens,
-        stop_strings=tuple(message.stop_strings),
-        include_stop_string=message.include_stop_string,
-        stop_token_ids=tuple(message.stop_token_ids),
-        ignore_eos=message.ignore_eos,
-    )
-
-
-def _accepted(request: Request) -> pb.Accepted:
-    return pb.Accepted(
-        request_id=request.request_id,
-        num_prompt_tokens=len(request.prompt_token_ids),
-        seed=request.seed,
-    )
-
-
-def _delta(sample_index: int, delta: OutputDelta) -> pb.Delta:
-    return pb.Delta(
-        sample_index=sample_index,
-        token_ids=delta.token_ids,
-        text=delta.text,
-        logprobs=[_logprobs(found) for found in delta.logprobs],
-    )
-
-
-def _extend(completion: pb.Completion, delta: OutputDelta) -> None:
-    completion.token_ids.extend(delta.token_ids)
-    completion.text += delta.text
-    completion.logprobs.extend(_logprobs(found) for found in delta.logprobs)
-
-
-def _logprobs(found: TokenLogprobs) -> pb.TokenLogprobs:
-    return pb.TokenLogprobs(
-        token_id=found.token_id,
-        logprob=found.logprob,
-        top=[pb.TokenLogprob(token_id=token, logprob=value) for token, value in found.top],
-    )
-
-
-def _finished(finish: Finish) -> pb.Finished:
-    message = pb.Finished(
-        sample_index=finish.sample_index,
-        finish_reason=pb.FinishReason.ValueType(finish.reason.value),
-        usage=pb.Usage(
-            num_prompt_tokens=finish.num_prompt_tokens,
-            num_output_tokens=finish.num_output_tokens,
-            num_cached_tokens=finish.num_cached_tokens,
-        ),
-    )
-    if isinstance(finish.matched, str):
-        message.stop_string = finish.matched
-    elif finish.matched is not None:
-        message.stop_token_id = finish.matched
-    return message

@@ -19,6 +19,18 @@ class RefusalReason(Enum):
     NO_BLOCKS = 1
     PREFIX_IN_PROGRESS = 2
     TOKEN_BUDGET = 3
+    OVER_QUOTA = 4  # of the tenant; waiting, or the end of another sequence of the tenant, helps
+    LARGER_THAN_QUOTA = 5  # the sequence alone: waiting does not help
+
+
+class ReleaseReason(Enum):
+    """Why a row is given up."""
+
+    FINISHED = 1
+    PREEMPTED = 2
+    CANCELLED = 3
+    FAILED = 4
+    RESUMED = 5  # the session resumed: the sequence comes in again from what is cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +49,14 @@ class Commit:
     row: int
     num_computed_tokens: int
     token_ids: bytes  # of the blocks that became full: little-endian int32
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A row that is given up."""
+
+    row: int
+    reason: ReleaseReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +87,7 @@ class StepPlan:
     step: int
     acknowledged_step: int = 0
     commits: list[Commit] = field(default_factory=list)
-    releases: list[int] = field(default_factory=list)
+    releases: list[Release] = field(default_factory=list)
     forks: list[Fork] = field(default_factory=list)
     extends: list[Work] = field(default_factory=list)
     admits: list[Sequence] = field(default_factory=list)
@@ -84,7 +104,7 @@ class StepPlan:
 class Admission:
     """An admitted row."""
 
-    num_cached_tokens: int
+    num_cached_tokens: int  # may end within a block: that one is new, and a copy brings its content
     num_scheduled_tokens: int
     block_table: list[int]
 

@@ -11,6 +11,7 @@ import structlog
 
 from quire.errors import BrokenContract, QuireError
 from router.ordered_stream import StreamLost
+from router.request_log import ids_of_sequence
 from router.step import StepFailure
 from router.tally import StepTimes
 
@@ -113,8 +114,7 @@ class StepLoop:
         for victim in self._scheduler.victims:
             _logger.info(
                 "preempted",
-                request_id=victim.request.request_id,
-                sequence_id=victim.sequence_id,
+                **ids_of_sequence(victim),
                 step=plan.step,
                 num_available_blocks=answer.num_available_blocks,
             )
@@ -132,8 +132,7 @@ class StepLoop:
         if guilty is not None:
             _logger.warning(
                 "makes_steps_fail",
-                request_id=guilty.request.request_id,
-                sequence_id=guilty.sequence_id,
+                **ids_of_sequence(guilty),
                 step=outcome.step,
             )
 

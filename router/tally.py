@@ -29,6 +29,7 @@ _REJECTIONS: Final = (
     ErrorReason.REQUEST_ID_IN_USE,
     ErrorReason.QUEUE_FULL,
     ErrorReason.NOT_READY,
+    ErrorReason.UNAUTHENTICATED,
 )
 _STAGES: Final = ("plan", "memory", "device", "compute_wait", "publish")
 

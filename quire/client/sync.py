@@ -10,12 +10,15 @@ import grpc
 from protos.router.v1 import router_pb2 as pb
 from protos.router.v1 import router_pb2_grpc
 from quire.client.channel import DEFAULT_TIMEOUT_S, OPTIONS, SHORT_TIMEOUT_S
+from quire.client.credentials import call_metadata
 from quire.client.progress import GenerationProgress
 from quire.client.requests import GenerateOptions, Prompt, generate_request, set_prompt
 from quire.rpc_status import from_rpc_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from quire.client.credentials import Metadata
 
 
 @contextmanager
@@ -64,10 +67,20 @@ class Client:
     Args:
         address: "host:port" or "unix:/path".
         timeout_s: deadline in seconds of a whole generation, unless a call names its own.
+        token: bearer token that tells the router who calls; None where it asks nobody.
+        metadata: sent with every call, e.g. `(("x-request-id", "a1"),)`.
     """
 
-    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        token: str | None = None,
+        metadata: Metadata = (),
+    ) -> None:
         self._timeout_s = timeout_s
+        self._metadata = call_metadata(token, metadata)
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
         self._stub = router_pb2_grpc.RouterServiceStub(self._channel)
 
@@ -80,7 +93,11 @@ class Client:
     ) -> Generation:
         """Continue `prompt`; iterate the result for deltas. Errors come from the iteration."""
         request = generate_request(prompt, options)
-        return Generation(self._stub.Generate(request, timeout=timeout_s or self._timeout_s))
+        return Generation(
+            self._stub.Generate(
+                request, timeout=timeout_s or self._timeout_s, metadata=self._metadata
+            )
+        )
 
     def complete(
         self,
@@ -92,30 +109,44 @@ class Client:
         """Continue `prompt` and return all of it at once."""
         request = pb.CompleteRequest(request=generate_request(prompt, options))
         with raising_quire_errors():
-            return self._stub.Complete(request, timeout=timeout_s or self._timeout_s)
+            return self._stub.Complete(
+                request, timeout=timeout_s or self._timeout_s, metadata=self._metadata
+            )
 
     def abort(self, request_id: str) -> None:
         """End a live request; raises RequestNotFound."""
         with raising_quire_errors():
-            self._stub.Abort(pb.AbortRequest(request_id=request_id), timeout=SHORT_TIMEOUT_S)
+            self._stub.Abort(
+                pb.AbortRequest(request_id=request_id),
+                timeout=SHORT_TIMEOUT_S,
+                metadata=self._metadata,
+            )
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """Token ids of a text or a conversation, as `generate` would see them."""
         request = pb.TokenizeRequest()
         set_prompt(request, prompt)
         with raising_quire_errors():
-            return list(self._stub.Tokenize(request, timeout=SHORT_TIMEOUT_S).token_ids)
+            return list(
+                self._stub.Tokenize(
+                    request, timeout=SHORT_TIMEOUT_S, metadata=self._metadata
+                ).token_ids
+            )
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         request = pb.DetokenizeRequest(token_ids=token_ids)
         with raising_quire_errors():
-            return self._stub.Detokenize(request, timeout=SHORT_TIMEOUT_S).text
+            return self._stub.Detokenize(
+                request, timeout=SHORT_TIMEOUT_S, metadata=self._metadata
+            ).text
 
     def get_model(self) -> pb.GetModelResponse:
         """What is served."""
         with raising_quire_errors():
-            return self._stub.GetModel(pb.GetModelRequest(), timeout=SHORT_TIMEOUT_S)
+            return self._stub.GetModel(
+                pb.GetModelRequest(), timeout=SHORT_TIMEOUT_S, metadata=self._metadata
+            )
 
     def close(self) -> None:
         """Close the connection; requests that run are cancelled."""

@@ -69,7 +69,7 @@ def _demand(plan: StepPlan) -> demand.StepDemand:
         commit_rows=ints([found.row for found in plan.commits]),
         commit_num_computed_tokens=ints([found.num_computed_tokens for found in plan.commits]),
         commit_token_ids=np.frombuffer(token_ids, dtype="<i4"),
-        releases=tuple(plan.releases),
+        releases=tuple(found.row for found in plan.releases),
         forks=tuple(_fork(found) for found in plan.forks),
         extend_rows=ints([work.sequence.row for work in plan.extends]),
         extend_starts=ints([work.start for work in plan.extends]),

@@ -1,0 +1,188 @@
+"""The sequences that hold a row, and what memory and compute still have to be told of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from router.request import FinishReason
+from router.row_mirror import RowMirror
+from router.rows import RowTable
+from router.step import Commit, Fork, Output, Release, ReleaseReason, StepBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from router.request import Sequence
+    from router.step import MemoryAnswer, StepPlan, Work
+
+RELEASE_REASONS = {
+    FinishReason.STOP: ReleaseReason.FINISHED,
+    FinishReason.LENGTH: ReleaseReason.FINISHED,
+    FinishReason.CANCELLED: ReleaseReason.CANCELLED,
+    FinishReason.ERROR: ReleaseReason.FAILED,
+}
+
+
+class Running:
+    """Rows, and the changes of them that the next messages carry.
+
+    Memory hears of progress, ends and forks with the next plan; compute of tables and copies with the next step that
+    runs.
+    """
+
+    def __init__(self, num_rows: int, block_size: int) -> None:
+        self.rows = RowTable(num_rows)
+        self._block_size = block_size
+        self._mirror = RowMirror()
+        self._commits: list[Commit] = []
+        self._releases: dict[int, ReleaseReason] = {}
+        self._forks: list[Fork] = []
+        self._acknowledged_step = 0
+
+    def __len__(self) -> int:
+        """Sequences that hold a row."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """They, in no order that matters."""
+        return iter(self.rows)
+
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether `sequence` holds its row."""
+        return self.rows.holds(sequence)
+
+    @property
+    def owes_memory(self) -> bool:
+        """Whether memory has something to hear, which may free blocks."""
+        return bool(self._commits or self._releases or self._forks)
+
+    # Begin and end
+
+    def start(self, sequence: Sequence) -> None:
+        """Memory admitted `sequence` in the row it was given."""
+        self.rows.start(sequence)
+
+    def fork(self, fork: Fork) -> None:
+        """Let the child run from the next step on."""
+        self._forks.append(fork)
+
+    def leave(self, sequence: Sequence, reason: ReleaseReason) -> bool:
+        """Take `sequence` out, fork or row; whether it held a row. Its blocks return with the next plan."""
+        self._forks = [fork for fork in self._forks if fork.child is not sequence]
+        if not self.rows.holds(sequence):
+            return False
+        row = self.rows.release(sequence)
+        self._mirror.drop(row)
+        self.give_back(row, reason)
+        return True
+
+    def give_back(self, row: int, reason: ReleaseReason) -> None:
+        """Release a row that memory knows and nobody holds."""
+        self._releases[row] = reason
+
+    # Plan
+
+    def plan(self, plan: StepPlan) -> None:
+        """Put into `plan` all that memory has to hear."""
+        plan.commits, self._commits = self._commits, []
+        plan.forks, self._forks = self._forks, []
+        self._plan_releases(plan)
+        if not self.rows:
+            # Copies that a lost step may not have made are owed to nobody: their sources need no pins any more.
+            self._mirror.acknowledge_copies()
+            self._acknowledged_step = plan.step - 1
+        plan.acknowledged_step = self._acknowledged_step
+        for fork in plan.forks:
+            self.rows.give(fork.child)
+            self.rows.start(fork.child)
+
+    def _plan_releases(self, plan: StepPlan) -> None:
+        """Release all rows but those of parents whose children are forked in this very step."""
+        parents = {fork.parent.row for fork in plan.forks}
+        kept = {row: reason for row, reason in self._releases.items() if row in parents}
+        plan.releases = [
+            Release(row, reason) for row, reason in self._releases.items() if row not in parents
+        ]
+        self._releases = kept
+        self.rows.free(release.row for release in plan.releases)
+
+    # Admit
+
+    def take_tables(self, plan: StepPlan, answer: MemoryAnswer) -> None:
+        """Bring the block tables up to memory's answer."""
+        for fork in plan.forks:
+            fork.child.block_table = answer.forked_tables[fork.child.row]
+        # A sequence may have been aborted since the plan: its row is empty until the next one.
+        for row, block_id in answer.new_blocks:
+            if (sequence := self.rows.get(row)) is not None:
+                sequence.block_table.append(block_id)
+                self._mirror.append(row, block_id)
+        for row, index, block_id in answer.remaps:
+            if (sequence := self.rows.get(row)) is not None:
+                sequence.block_table[index] = block_id
+                self._mirror.remap(row, index, block_id)
+        for src, dst in answer.copies:
+            self._mirror.copy(src, dst)
+
+    def make_batch(self, plan: StepPlan, work: list[Work]) -> StepBatch:
+        """The step that runs `work`, with all that compute has to be told before."""
+        batch = StepBatch(step=plan.step, work=work)
+        self._mirror.fill(batch, [fork for fork in plan.forks if self.rows.holds(fork.child)])
+        for found in work:
+            sequence = found.sequence
+            sequence.num_in_flight_tokens += found.num_tokens
+            if sequence.num_tokens_to_run == 0:
+                batch.outputs += [
+                    Output(sequence, sequence.incarnation, sample_index)
+                    for sample_index in sequence.samples_to_draw
+                ]
+        return batch
+
+    def skipped(self, plan: StepPlan) -> None:
+        """The step ran nothing: whoever needed a copy of its answer was refused or preempted."""
+        if self._mirror.drop_new_copies():
+            self._acknowledged_step = plan.step
+
+    # Apply
+
+    def acknowledge(self, batch: StepBatch) -> None:
+        """The step was run: its copies were made, and its tokens are computed."""
+        self._acknowledged_step = batch.step
+        self._mirror.acknowledge_copies()
+        for work in batch.work:
+            self._advance(work)
+
+    def _advance(self, work: Work) -> None:
+        sequence = work.sequence
+        if sequence.incarnation != work.incarnation or not self.rows.holds(sequence):
+            return
+        sequence.num_in_flight_tokens -= work.num_tokens
+        sequence.num_computed_tokens += work.num_tokens
+        self._commits.append(self._commit(sequence))
+
+    def _commit(self, sequence: Sequence) -> Commit:
+        size = self._block_size
+        begin = sequence.num_committed_tokens // size * size
+        end = sequence.num_computed_tokens // size * size
+        sequence.num_committed_tokens = sequence.num_computed_tokens
+        return Commit(
+            sequence.row, sequence.num_computed_tokens, sequence.token_ids[begin:end].tobytes()
+        )
+
+    # Losses
+
+    def compute_lost(self) -> None:
+        """Compute forgot its rows and did not acknowledge what is in flight: the next step is a reset."""
+        self._mirror.reset()
+        for sequence in self.rows:
+            sequence.roll_back()
+
+    def session_resumed(self, held_rows: Iterable[int]) -> list[Sequence]:
+        """Give back every row that memory still holds; the sequences that have none any more."""
+        orphans = [*self.rows, *(fork.child for fork in self._forks)]
+        # A row that was given up and not told of still belongs to whoever gave it up.
+        self._releases = {row: self._releases.get(row, ReleaseReason.RESUMED) for row in held_rows}
+        self._commits, self._forks = [], []
+        self.rows.clear(self._releases)
+        self._mirror = RowMirror()
+        return orphans
