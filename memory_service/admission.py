@@ -5,130 +5,153 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from memory_service.demand import Admission, RefusalReason
-from memory_service.sequence_table import Sequence
+from memory_service.demand import Admission, RefusalReason, Shortage
+from memory_service.ledger import NewSequence
+from memory_service.record import AdmissionRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from memory_service.block_hash import BlockHash, BlockHasher
-    from memory_service.block_pool import BlockPool
-    from memory_service.demand import Admit, IntArray, StepAnswer, StepDemand
-    from memory_service.sequence_table import SequenceTable
+    from memory_service.demand import Admit, StepAnswer, StepDemand
+    from memory_service.ledger import Ledger
+    from memory_service.prefix_lookup import PrefixHit, PrefixLookup
+    from memory_service.session_books import SessionBooks
+    from memory_service.tenants import Tenant
 
 
 @dataclass(frozen=True, slots=True)
-class PrefixHit:
-    """The part of a sequence that the cache has."""
+class _Need:
+    """Blocks that an admission takes."""
 
-    block_ids: list[int]
-    missing_keys: list[BlockHash]  # of the full blocks behind it
+    num_taken: int  # fewer are available afterwards
+    num_charged: int  # more count against the tenant, or cannot be evicted for it
+    num_own: int  # would count against the tenant if it had nothing else
 
 
 class Admitter:
     """Admits new sequences into a pool."""
 
-    def __init__(
-        self,
-        pool: BlockPool,
-        block_size: int,
-        hasher: BlockHasher,
-        clock: Callable[[], float],
-        *,
-        prefix_cache_enabled: bool,
-    ) -> None:
-        self.num_query_tokens = 0
-        self.num_hit_tokens = 0
-        self._pool = pool
-        self._block_size = block_size
-        self._hasher = hasher
-        self._clock = clock
-        self._prefix_cache_enabled = prefix_cache_enabled
+    def __init__(self, ledger: Ledger, lookup: PrefixLookup) -> None:
+        self._ledger = ledger
+        self._lookup = lookup
 
     def admit_all(
-        self, table: SequenceTable, demand: StepDemand, answer: StepAnswer, *, is_empty: bool
-    ) -> None:
+        self, books: SessionBooks, demand: StepDemand, answer: StepAnswer, *, is_empty: bool
+    ) -> list[AdmissionRecord]:
         """Admit in order; who is refused for lack of blocks keeps out all behind it.
 
-        `is_empty` says that no sequence lives in the whole pool.
+        A tenant at its quota keeps out only its own. `is_empty` says that no sequence lives in the whole pool.
         """
+        records: list[AdmissionRecord] = []
         budget = demand.admit_token_budget
-        is_full = bool(answer.refusals)  # a running sequence lacks blocks: nobody new comes in
+        barred: set[str] = set()
+        # A running sequence lacks blocks: nobody new comes in.
+        is_full = any(reason is RefusalReason.NO_BLOCKS for _, reason in answer.refusals)
         for admit in demand.admits:
             # Alone in the pool nobody is served by waiting.
-            is_alone = is_empty and not answer.admissions
-            left_over = 0 if is_alone else demand.watermark_blocks
-            reason = (
-                RefusalReason.NO_BLOCKS
-                if is_full
-                else self._admit(table, admit, budget, left_over, answer)
-            )
-            if reason is None:
-                budget -= answer.admissions[-1].num_scheduled_tokens
+            left_over = 0 if is_empty and not records else demand.watermark_blocks
+            outcome: AdmissionRecord | Shortage
+            if is_full:
+                outcome = self._shortage(admit, RefusalReason.NO_BLOCKS)
+            elif admit.tenant in barred:
+                outcome = self._shortage(admit, RefusalReason.OVER_QUOTA)
             else:
-                is_full = reason is RefusalReason.NO_BLOCKS
-                answer.refusals.append((admit.row, reason))
+                outcome = self._admit(books, demand.step, admit, budget, left_over, answer)
+            if isinstance(outcome, AdmissionRecord):
+                records.append(outcome)
+                budget -= answer.admissions[-1].num_scheduled_tokens
+                continue
+            is_full = outcome.reason is RefusalReason.NO_BLOCKS
+            if outcome.reason is RefusalReason.OVER_QUOTA:
+                barred.add(admit.tenant)
+            answer.refuse(admit.row, outcome)
+        return records
 
     def _admit(
         self,
-        table: SequenceTable,
+        books: SessionBooks,
+        step: int,
         admit: Admit,
         budget: int,
         left_over: int,
         answer: StepAnswer,
-    ) -> RefusalReason | None:
+    ) -> AdmissionRecord | Shortage:
         if budget < 1:
-            return RefusalReason.TOKEN_BUDGET
-        hit = self._find_prefix(admit.token_ids)
-        if hit.missing_keys and self._pool.index.is_in_progress(hit.missing_keys[0]):
-            return RefusalReason.PREFIX_IN_PROGRESS
-        if not self._fits(admit, hit, left_over):
-            return RefusalReason.NO_BLOCKS
-        answer.admissions.append(self._start(table, admit, hit, budget))
+            return self._shortage(admit, RefusalReason.TOKEN_BUDGET)
+        tenant = self._ledger.pool.tenant_as_is(admit.tenant)
+        hit = self._lookup.find(admit.token_ids, tenant.salt)
+        if hit.missing_keys and self._ledger.pool.index.is_in_progress(hit.missing_keys[0]):
+            return self._shortage(admit, RefusalReason.PREFIX_IN_PROGRESS)
+        shortage = self._find_shortage(admit, tenant, hit, left_over)
+        return shortage or self._start(books, step, admit, hit, budget, answer)
+
+    def _find_shortage(
+        self, admit: Admit, tenant: Tenant, hit: PrefixHit, left_over: int
+    ) -> Shortage | None:
+        """Whether all known tokens, and the siblings' first copies, would find blocks and leave `left_over`."""
+        pool = self._ledger.pool
+        need = self._need(admit, tenant, hit)
+        if tenant.hard_blocks is not None:
+            allowed = tenant.hard_blocks - tenant.num_blocks + tenant.num_cached
+            if need.num_charged > allowed:
+                is_hopeless = need.num_own > tenant.hard_blocks
+                reason = (
+                    RefusalReason.LARGER_THAN_QUOTA if is_hopeless else RefusalReason.OVER_QUOTA
+                )
+                return self._shortage(admit, reason, need.num_charged, max(0, allowed))
+        if need.num_taken + left_over > pool.num_available:
+            available = max(0, pool.num_available - left_over)
+            return self._shortage(admit, RefusalReason.NO_BLOCKS, need.num_taken, available)
         return None
 
-    def _find_prefix(self, token_ids: IntArray) -> PrefixHit:
-        """Leading full blocks in the cache; at least one token is left to run."""
-        if not self._prefix_cache_enabled:
-            return PrefixHit([], [])
-        keys = list(self._hasher.chain(None, token_ids[:-1], self._block_size))
-        block_ids: list[int] = []
-        for key in keys:
-            block_id = self._pool.index.find(key)
-            if block_id is None:
-                break
-            block_ids.append(block_id)
-        return PrefixHit(block_ids, keys[len(block_ids) :])
+    def _need(self, admit: Admit, tenant: Tenant, hit: PrefixHit) -> _Need:
+        pool = self._ledger.pool
+        num_total = -(-len(admit.token_ids) // self._ledger.block_size) + admit.num_sequences - 1
+        num_new = num_total - len(hit.block_ids)
+        held = [*hit.block_ids, hit.partial_block] if hit.partial_block else hit.block_ids
+        unheld = pool.num_unheld(held)
+        if tenant.hard_blocks is None:
+            return _Need(num_new + unheld, 0, 0)
+        homes = {home.home_id for home in tenant.homes.values()}
+        own = [block_id for block_id in held if int(pool.home_ids[block_id]) in homes]
+        return _Need(num_new + unheld, num_new + pool.num_unheld(own), num_new + len(own))
 
-    def _fits(self, admit: Admit, hit: PrefixHit, left_over: int) -> bool:
-        """Whether all known tokens, and the siblings' first copies, would find blocks and leave `left_over`."""
-        num_blocks = -(-len(admit.token_ids) // self._block_size) + admit.num_sequences - 1
-        needed = num_blocks - len(hit.block_ids) + self._pool.num_unheld(hit.block_ids)
-        return needed + left_over <= self._pool.num_available
-
-    def _start(self, table: SequenceTable, admit: Admit, hit: PrefixHit, budget: int) -> Admission:
-        num_tokens = len(admit.token_ids)
-        num_cached = len(hit.block_ids) * self._block_size
+    def _start(
+        self,
+        books: SessionBooks,
+        step: int,
+        admit: Admit,
+        hit: PrefixHit,
+        budget: int,
+        answer: StepAnswer,
+    ) -> AdmissionRecord:
+        size, num_tokens = self._ledger.block_size, len(admit.token_ids)
+        num_cached = hit.num_tokens(size)
         num_scheduled = min(num_tokens - num_cached, budget)
-        for block_id in hit.block_ids:
-            self._pool.acquire(block_id)
-        num_new = -(-(num_cached + num_scheduled) // self._block_size) - len(hit.block_ids)
-        new_ids = [self._pool.allocate() for _ in range(num_new)]
-        block_table = np.array(hit.block_ids + new_ids, dtype=np.int32)
-        keys = [key for block in hit.block_ids if (key := self._pool.index.key_of(block))]
-        sequence = Sequence(
+        new = NewSequence(
+            admit.row,
+            admit.incarnation,
             admit.sequence_id,
             admit.request_id,
-            admit.incarnation,
+            admit.tenant,
+            num_tokens,
             num_cached,
-            self._clock(),
-            keys=keys,
-            expected_keys=hit.missing_keys,
+            hit.block_ids,
+            -(-(num_cached + num_scheduled) // size) - len(hit.block_ids),
+            hit.partial_block,
+            hit.missing_keys,
         )
-        self._pool.index.begin(hit.missing_keys)
-        table.add(admit.row, sequence, block_table, num_cached)
-        self.num_query_tokens += num_tokens
-        self.num_hit_tokens += num_cached
-        return Admission(admit.row, num_cached, num_scheduled, block_table)
+        record = new.record(self._ledger.admit(books, step, new), b"".join(hit.missing_keys))
+        books.table.num_reserved[admit.row] = num_cached + num_scheduled
+        if hit.partial_block:
+            target = int(record.block_table[len(hit.block_ids)])
+            answer.copies.append((hit.partial_block, target))
+        answer.admissions.append(
+            Admission(admit.row, num_cached, num_scheduled, record.block_table)
+        )
+        return record
+
+    def _shortage(
+        self, admit: Admit, reason: RefusalReason, num_needed: int = 0, num_available: int = 0
+    ) -> Shortage:
+        return Shortage(
+            admit.sequence_id, admit.request_id, admit.tenant, reason, num_needed, num_available
+        )

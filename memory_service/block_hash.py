@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, NewType
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
-    from numpy.typing import NDArray
-
 BlockHash = NewType("BlockHash", bytes)
 
 HASH_BYTES: Final = 16
+PUBLIC_SALT: Final = b"public"
+_TENANT_SALT: Final = b"tenant:"
+_MAX_SALTS: Final = 4096  # states kept ready; another one is made when it is needed
+
+
+def tenant_salt(tenant: str) -> bytes:
+    """What separates the keys of `tenant` from those of all others."""
+    return _TENANT_SALT + tenant.encode()
 
 
 class BlockHasher:
-    """Keyed BLAKE2b (RFC 7693) over parent key, salt and token ids.
+    """Keyed BLAKE2b (RFC 7693) over salt, parent key and token ids.
 
     The secret keeps a tenant who can choose tokens from constructing a collision with somebody else's block. The root
     takes the place of a parent before the first block and binds keys to one pool.
@@ -25,26 +31,40 @@ class BlockHasher:
 
     def __init__(self, secret: bytes, root: bytes) -> None:
         self._secret = secret
-        self._root = BlockHash(blake2b(root, digest_size=HASH_BYTES, key=secret).digest())
+        self.root = BlockHash(blake2b(root, digest_size=HASH_BYTES, key=secret).digest())
+        self._salted = lru_cache(_MAX_SALTS)(self._make_salted)
 
-    def key(self, parent: BlockHash | None, token_ids: bytes, salt: bytes = b"") -> BlockHash:
+    def _make_salted(self, salt: bytes) -> blake2b:
+        # The salt's length goes first, so that no salt can pass for tokens.
+        digest = blake2b(digest_size=HASH_BYTES, key=self._secret)
+        digest.update(len(salt).to_bytes(4, "little") + salt)
+        return digest
+
+    def key(self, parent: BlockHash, token_ids: bytes, salt: bytes) -> BlockHash:
         """Key of a block.
 
         Args:
-            parent: key of the block before it; None for the first.
+            parent: key of the block before it; `root` for the first.
             token_ids: the ids of a full block, little-endian int32.
             salt: what separates callers that must not share.
         """
-        # The salt's length goes first, so that no salt can pass for tokens.
-        digest = blake2b(parent or self._root, digest_size=HASH_BYTES, key=self._secret)
-        digest.update(len(salt).to_bytes(4, "little") + salt)
-        digest.update(token_ids)
+        digest = self._salted(salt).copy()
+        digest.update(parent + token_ids)
         return BlockHash(digest.digest())
 
+    def lineage(self, parent: BlockHash, salt: bytes) -> bytes:
+        """Names the blocks that may follow `parent` under `salt`, and tells nothing to other salts."""
+        mask = int.from_bytes(self._salted(salt).digest(), "little")
+        return (int.from_bytes(parent, "little") ^ mask).to_bytes(HASH_BYTES, "little")
+
     def chain(
-        self, parent: BlockHash | None, token_ids: NDArray[np.int32], block_size: int
+        self, parent: BlockHash, token_ids: bytes, block_size: int, salt: bytes
     ) -> Iterator[BlockHash]:
-        """Keys of the full blocks that `token_ids` fill, one after another."""
-        for begin in range(0, len(token_ids) - block_size + 1, block_size):
-            parent = self.key(parent, token_ids[begin : begin + block_size].tobytes())
+        """Keys of the full blocks that `token_ids` (little-endian int32) fill behind `parent`, one after another."""
+        salted = self._salted(salt)
+        width = 4 * block_size
+        for begin in range(0, len(token_ids) - width + 1, width):
+            digest = salted.copy()
+            digest.update(parent + token_ids[begin : begin + width])
+            parent = BlockHash(digest.digest())
             yield parent

@@ -1,7 +1,7 @@
-"""Block tables of all sequences: what a step demands is applied here, in one order.
+"""Block tables of all sequences: what a step demands is decided here, in one order.
 
 acknowledge, commit, release, fork, extend, admit. Scarcity is a refusal in the answer; a broken contract raises before
-anything is applied.
+anything is applied. Every change is told as a record before the method that made it returns.
 """
 
 from __future__ import annotations
@@ -15,19 +15,46 @@ from memory_service.admission import Admitter
 from memory_service.block_pool import BlockPool
 from memory_service.demand import StepAnswer
 from memory_service.demand_check import DemandCheck
-from memory_service.sequence_table import Sequence, SequenceTable
-from memory_service.session_books import SessionBooks
+from memory_service.ledger import Ledger
+from memory_service.prefix_lookup import PrefixHit, PrefixLookup
+from memory_service.record import (
+    ForkRecord,
+    Record,
+    ReleaseReason,
+    SessionEnded,
+    SessionOpened,
+    StepApplied,
+    WriterAttached,
+)
+from memory_service.retention import Retentions
+from memory_service.sharing import Sharing
 from memory_service.slots import SlotAllocator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-    from memory_service.block_hash import BlockHash, BlockHasher
-    from memory_service.demand import Fork, IntArray, StepDemand
+    from memory_service.block_hash import BlockHasher
+    from memory_service.demand import IntArray, StepDemand
+    from memory_service.record import Change
+    from memory_service.sequence_table import SequenceTable
+    from memory_service.session_books import SessionBooks
+
+
+def _nobody_listens(_: Record) -> None:
+    pass
 
 
 class BlockManager:
-    """All sessions' sequences over one pool. Not thread-safe: one loop owns it."""
+    """All sessions' sequences over one pool. Not thread-safe: one loop owns it.
+
+    Args:
+        num_blocks: blocks of the pool, the null block included.
+        block_size: token slots a block.
+        hasher: makes the keys of blocks.
+        prefix_cache_enabled: whether full blocks are kept for reuse.
+        min_partial_tokens: a partly matching block is copied at admission when it saves so many tokens; 0: never.
+        clock: seconds since the epoch.
+    """
 
     def __init__(
         self,
@@ -36,166 +63,189 @@ class BlockManager:
         hasher: BlockHasher,
         *,
         prefix_cache_enabled: bool = True,
-        clock: Callable[[], float] = time.monotonic,
+        min_partial_tokens: int = 0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self.pool = BlockPool(num_blocks)
+        pool = BlockPool(num_blocks, block_size)
+        self.pool = pool
         self.block_size = block_size
         self.prefix_cache_enabled = prefix_cache_enabled
-        self.revision = 0  # rises with every change
-        self._hasher = hasher
-        self._clock = clock
-        self._slots = SlotAllocator(self.pool, block_size)
-        self._admitter = Admitter(
-            self.pool, block_size, hasher, clock, prefix_cache_enabled=prefix_cache_enabled
-        )
-        self._sessions: dict[int, SessionBooks] = {}
+        self.ledger = Ledger(pool, block_size, hasher, prefix_cache_enabled, Retentions(pool))
+        self.on_record: Callable[[Record], None] = _nobody_listens
+        self.clock = clock
+        self._slots = SlotAllocator(self.ledger)
+        self._lookup = PrefixLookup(self.ledger, min_partial_tokens)
+        self._admitter = Admitter(self.ledger, self._lookup)
+        self.sharing = Sharing(self.ledger, self._lookup, self._begin, self._tell)
+
+    @property
+    def revision(self) -> int:
+        """Rises with every change."""
+        return self.ledger.revision
 
     @property
     def num_prefix_query_tokens(self) -> int:
         """Tokens of all admissions."""
-        return self._admitter.num_query_tokens
+        return self.ledger.counters.num_query_tokens
 
     @property
     def num_prefix_hit_tokens(self) -> int:
         """Those of them that the prefix cache had."""
-        return self._admitter.num_hit_tokens
+        return self.ledger.counters.num_hit_tokens
 
     @property
     def sessions(self) -> Iterator[tuple[int, SessionBooks]]:
         """Session keys with what they hold."""
-        return iter(self._sessions.items())
+        return iter(self.ledger.sessions.items())
 
     @property
     def num_sequences(self) -> int:
         """Live sequences of all sessions."""
-        return sum(len(found.table) for found in self._sessions.values())
+        return sum(len(found.table) for found in self.ledger.sessions.values())
 
     def table(self, session_key: int) -> SequenceTable:
         """The sequences of a session."""
-        return self._sessions[session_key].table
+        return self.ledger.sessions[session_key].table
 
-    def open_session(self, session_key: int, max_num_rows: int) -> None:
-        """Keep books for a new session."""
-        self._sessions[session_key] = SessionBooks(SequenceTable(max_num_rows))
-        self.revision += 1
+    def probe(self, token_ids: IntArray, tenant: str) -> PrefixHit:
+        """What an admission of these tokens would hit now. Touches nothing."""
+        return self._lookup.find(token_ids, self.sharing.salt(tenant))
+
+    # Sessions and writers
+
+    def open_session(
+        self, session_key: int, max_num_rows: int, session_id: str = "", generation: int = 1
+    ) -> None:
+        """Keep books for a new session, or note that a new stream resumes it."""
+        self._begin()
+        self.ledger.open_session(session_key, session_id, max_num_rows, generation)
+        self._tell(SessionOpened(session_key, session_id, max_num_rows, generation))
 
     def close_session(self, session_key: int) -> None:
         """Return all that the session holds."""
-        books = self._sessions[session_key]
-        for row in [row for row, _ in books.table.items()]:
-            self._release(books, row)
-        for _, source in books.unacknowledged_copies:
-            self.pool.unpin(source)
-        del self._sessions[session_key]
-        self.revision += 1
+        self._begin()
+        self.ledger.end_session(session_key)
+        self._tell(SessionEnded(session_key))
+
+    def attach_writer(self, generation: int, pid: int, started_ticks: int) -> None:
+        """A compute service was let in."""
+        self._begin()
+        self.ledger.writer = (generation, pid, started_ticks)
+        self._tell(WriterAttached(generation, pid, started_ticks))
+
+    # Steps
 
     def apply(self, session_key: int, demand: StepDemand) -> StepAnswer:
         """Apply one step; raises `BrokenContract` before anything was changed."""
-        books = self._sessions[session_key]
+        books = self.ledger.sessions[session_key]
         DemandCheck(books.table, self.block_size).check(demand)
+        self._begin()
         answer = StepAnswer(demand.step)
-        self._acknowledge(books, demand.acknowledged_step)
-        self._commit_all(books, demand, answer)
-        self._release_all(books, demand, answer)
-        for fork in demand.forks:
-            answer.forked_tables.append((fork.dst_row, self._fork(books.table, fork)))
-        self._slots.extend_all(books, demand, answer)
-        self._admitter.admit_all(books.table, demand, answer, is_empty=self.num_sequences == 0)
+        num_copies = len(books.unacknowledged_copies)
+        self.ledger.acknowledge(books, demand.acknowledged_step)
+        is_quiet = num_copies == len(books.unacknowledged_copies)
+        seals = self._commit_all(books.table, demand, answer)
+        releases = self._release_all(books, demand, answer)
+        forks = tuple(self._fork(books, demand, answer))
+        takes = self._slots.extend_all(books, demand, answer)
+        is_empty = self.num_sequences == 0
+        admissions = self._admitter.admit_all(books, demand, answer, is_empty=is_empty)
+        self.pool.forget_idle_tenants()
         answer.num_available_blocks = self.pool.num_available
-        self.revision += 1
+        is_quiet &= not (len(demand.commit_rows) or releases or forks or takes or admissions)
+        if not is_quiet:
+            books.last_applied_step = demand.step
+            self._tell(
+                StepApplied(
+                    session_key,
+                    demand.step,
+                    demand.acknowledged_step,
+                    demand.commit_rows,
+                    demand.commit_num_computed_tokens,
+                    *seals,
+                    releases=_array(releases, 2),
+                    forks=forks,
+                    takes=_array(takes, 4),
+                    admissions=tuple(admissions),
+                )
+            )
         return answer
 
-    # Acknowledge
+    def _begin(self) -> None:
+        self.pool.begin_change(self.clock())
 
-    def _acknowledge(self, books: SessionBooks, step: int) -> None:
-        copies = books.unacknowledged_copies
-        while copies and copies[0][0] <= step:
-            self.pool.unpin(copies.popleft()[1])
+    def _tell(self, change: Change) -> None:
+        self.ledger.revision += 1
+        self.on_record(Record(self.ledger.revision, self.pool.now, change))
 
-    # Commit
-
-    def _commit_all(self, books: SessionBooks, demand: StepDemand, answer: StepAnswer) -> None:
-        table, rows = books.table, demand.commit_rows
-        first = table.num_computed[rows] // self.block_size
-        end = demand.commit_num_computed_tokens // self.block_size
+    def _commit_all(
+        self, table: SequenceTable, demand: StepDemand, answer: StepAnswer
+    ) -> tuple[IntArray, bytes, bytes]:
+        """Take progress in and seal what became full; the seals, their keys and their token ids."""
+        rows, size = demand.commit_rows, self.block_size
+        first = table.num_computed[rows] // size
+        end = demand.commit_num_computed_tokens // size
         table.num_computed[rows] = demand.commit_num_computed_tokens
-        bounds = np.concatenate([[0], np.cumsum(end - first)]) * self.block_size
+        table.num_reserved[rows] = np.maximum(table.num_reserved[rows], table.num_computed[rows])
+        seals: list[tuple[int, int, int]] = []
+        keys: list[bytes] = []
+        blocks = demand.commit_token_ids.reshape(-1, size)
         for which in np.flatnonzero(end > first).tolist():
-            row, begin = int(rows[which]), int(first[which])
-            token_ids = demand.commit_token_ids[bounds[which] : bounds[which + 1]]
-            remaps = self._seal(table, row, begin, int(end[which]), token_ids)
-            answer.remaps += [(row, index, block_id) for index, block_id in remaps]
+            row = int(rows[which])
+            for index in range(int(first[which]), int(end[which])):
+                self._seal(table, row, index, blocks[len(seals)], answer, seals, keys)
+        token_ids = demand.commit_token_ids.tobytes() if keys else b""
+        return _array(seals, 3), b"".join(keys), token_ids
 
     def _seal(
-        self, table: SequenceTable, row: int, begin: int, end: int, token_ids: IntArray
-    ) -> Iterator[tuple[int, int]]:
-        """Seal the row's blocks `[begin, end)`; yields (index, block) where a duplicate was found."""
-        sequence = table[row]
-        self._forget_expected(sequence, end - begin)
-        for index in range(begin, end):
-            block_id = int(table.entries[row, index])
-            self.pool.sealed[block_id] = True
-            if self.prefix_cache_enabled:
-                at = (index - begin) * self.block_size
-                parent = sequence.keys[-1] if sequence.keys else None
-                key = self._hasher.key(parent, token_ids[at : at + self.block_size].tobytes())
-                sequence.keys.append(key)
-                original = self._index(key, block_id)
-                if original != block_id:
-                    self._replace(table, row, index, original)
-                    yield index, original
+        self,
+        table: SequenceTable,
+        row: int,
+        index: int,
+        token_ids: IntArray,
+        answer: StepAnswer,
+        seals: list[tuple[int, int, int]],
+        keys: list[bytes],
+    ) -> None:
+        ledger, block_id = self.ledger, int(table.entries[row, index])
+        parent = key = ledger.hasher.root
+        if self.prefix_cache_enabled:
+            parent = ledger.parent_key(table, row, index)
+            salt = table[row].tenant.salt
+            key = self._lookup.next_key(parent, token_ids.tobytes(), salt)
+            keys.append(key)
+        stays = ledger.seal(table, row, index, parent, key, token_ids)
+        if stays != block_id:
+            answer.remaps.append((row, index, stays))
+        seals.append((row, index, stays))
 
-    def _forget_expected(self, sequence: Sequence, count: int) -> None:
-        filled = sequence.expected_keys[:count]
-        self.pool.index.end(filled)
-        del sequence.expected_keys[:count]
-
-    def _index(self, key: BlockHash, block_id: int) -> int:
-        """The block that answers for `key`: `block_id`, unless another one did before."""
-        original = self.pool.index.find(key)
-        if original is None:
-            self.pool.index.add(key, block_id)
-            return block_id
-        return original
-
-    def _replace(self, table: SequenceTable, row: int, index: int, block_id: int) -> None:
-        """Let a table entry name `block_id` in place of its duplicate."""
-        self.pool.acquire(block_id)
-        self.pool.release(int(table.entries[row, index]))
-        table.entries[row, index] = block_id
-
-    # Release
-
-    def _release_all(self, books: SessionBooks, demand: StepDemand, answer: StepAnswer) -> None:
+    def _release_all(
+        self, books: SessionBooks, demand: StepDemand, answer: StepAnswer
+    ) -> list[tuple[int, int]]:
         for row in demand.releases:
-            self._release(books, row)
-        if demand.releases:
+            self.ledger.release(books, row)
+        if demand.releases and answer.remaps:
             # A released row may be used again in this very step: nobody must remap the newcomer.
             gone = set(demand.releases)
             answer.remaps = [found for found in answer.remaps if found[0] not in gone]
+        reasons = demand.release_reasons or [ReleaseReason.UNSPECIFIED] * len(demand.releases)
+        return [(row, reason.value) for row, reason in zip(demand.releases, reasons, strict=True)]
 
-    def _release(self, books: SessionBooks, row: int) -> None:
-        for block_id in reversed(books.table.block_table(row).tolist()):
-            self.pool.release(block_id)
-        sequence = books.table.remove(row)
-        self.pool.index.end(sequence.expected_keys)
+    def _fork(
+        self, books: SessionBooks, demand: StepDemand, answer: StepAnswer
+    ) -> Iterator[ForkRecord]:
+        for fork in demand.forks:
+            record = ForkRecord(
+                fork.src_row,
+                fork.dst_row,
+                fork.dst_incarnation,
+                fork.sequence_id,
+                fork.request_id,
+                fork.num_tokens,
+            )
+            answer.forked_tables.append((fork.dst_row, self.ledger.fork(books, record)))
+            yield record
 
-    # Fork
 
-    def _fork(self, table: SequenceTable, fork: Fork) -> IntArray:
-        parent = table[fork.src_row]
-        num_blocks = -(-fork.num_tokens // self.block_size)
-        shared = table.block_table(fork.src_row)[:num_blocks]
-        for block_id in shared.tolist():
-            self.pool.acquire(block_id)
-        num_computed = min(int(table.num_computed[fork.src_row]), fork.num_tokens)
-        child = Sequence(
-            fork.sequence_id,
-            fork.request_id,
-            fork.dst_incarnation,
-            parent.num_cached_tokens,
-            self._clock(),
-            keys=parent.keys[: num_computed // self.block_size],
-        )
-        table.add(fork.dst_row, child, shared, num_computed)
-        return shared
+def _array(rows: Sequence[tuple[int, ...]], width: int) -> IntArray:
+    return np.array(rows, dtype=np.int32).reshape(-1, width)

@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from memory_service.record import ReleaseReason
+
     IntArray = NDArray[np.int32]
 
 
@@ -24,6 +26,8 @@ class RefusalReason(Enum):
     NO_BLOCKS = 1
     PREFIX_IN_PROGRESS = 2
     TOKEN_BUDGET = 3
+    OVER_QUOTA = 4
+    LARGER_THAN_QUOTA = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,7 @@ class Admit:
     request_id: str
     token_ids: IntArray
     num_sequences: int = 1
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class StepDemand:
     commit_num_computed_tokens: IntArray = field(default_factory=_empty)
     commit_token_ids: IntArray = field(default_factory=_empty)  # of the blocks that became full
     releases: tuple[int, ...] = ()
+    release_reasons: tuple[ReleaseReason, ...] = ()  # parallel to releases, or empty
     forks: tuple[Fork, ...] = ()
     extend_rows: IntArray = field(default_factory=_empty)
     extend_starts: IntArray = field(default_factory=_empty)
@@ -79,6 +85,18 @@ class Admission:
     block_table: IntArray
 
 
+@dataclass(frozen=True, slots=True)
+class Shortage:
+    """Why a demand was not met, with the numbers that decided where blocks did."""
+
+    sequence_id: str
+    request_id: str
+    tenant: str
+    reason: RefusalReason
+    num_needed_blocks: int
+    num_available_blocks: int
+
+
 @dataclass(slots=True)
 class StepAnswer:
     """What memory gave and refused."""
@@ -91,3 +109,9 @@ class StepAnswer:
     remaps: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index, block)
     refusals: list[tuple[int, RefusalReason]] = field(default_factory=list)
     num_available_blocks: int = 0
+    shortages: list[Shortage] = field(default_factory=list)  # parallel to refusals
+
+    def refuse(self, row: int, shortage: Shortage) -> None:
+        """The demand of `row` is not met."""
+        self.refusals.append((row, shortage.reason))
+        self.shortages.append(shortage)

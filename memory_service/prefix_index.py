@@ -1,52 +1,172 @@
-"""Which block holds which key."""
+"""Which block holds which key, and which blocks follow another one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from array import array
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from memory_service.block_hash import HASH_BYTES, BlockHash
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from memory_service.block_hash import BlockHash
+    from memory_service.demand import IntArray
+
+_NONE: Final = 0  # the null block is never indexed, so it ends every list
+_UNKNOWN, _FORGOTTEN, INDEXED = 0, 1, 2
 
 
 class PrefixIndex:
-    """Sealed full blocks by key, one block a key; and the keys that running sequences are about to fill."""
+    """Sealed full blocks by key, one block a key; and the keys that running sequences are about to fill.
 
-    def __init__(self, num_blocks: int) -> None:
-        self._block_of: dict[BlockHash, int] = {}
-        self._key_of: list[BlockHash | None] = [None] * num_blocks
+    Two hash tables with chains through arrays, since a dict of a million keys stalls when it grows and takes three times
+    the memory. The keys are digests: their first bytes are the hash. The second table finds the blocks of one lineage
+    (what may follow a block), the newest first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        num_slots = 1 << max(1, num_blocks - 1).bit_length()
+        self._mask = num_slots - 1
+        self.keys = bytearray(HASH_BYTES * num_blocks)
+        self.states = bytearray(num_blocks)
+        self._heads = array("i", bytes(4 * num_slots))
+        self._chain = array("i", bytes(4 * num_blocks))
+        self.lineages = bytearray(HASH_BYTES * num_blocks)
+        self._first = array("i", bytes(4 * num_slots))
+        self._next = array("i", bytes(4 * num_blocks))
+        self._previous = array("i", bytes(4 * num_blocks))
+        self.token_ids = np.zeros((num_blocks, block_size), dtype=np.int32)
         self._in_progress: dict[BlockHash, int] = {}  # key -> sequences that will fill it
+        self._num_indexed = 0
 
     def __len__(self) -> int:
         """Blocks in the index."""
-        return len(self._block_of)
+        return self._num_indexed
 
-    def __iter__(self) -> Iterator[tuple[BlockHash, int]]:
-        """Keys with their blocks."""
-        return iter(self._block_of.items())
+    def _slot(self, key: bytes | bytearray) -> int:
+        return int.from_bytes(key[:8], "little") & self._mask
 
-    def find(self, key: BlockHash) -> int | None:
-        """The block that holds `key`."""
-        return self._block_of.get(key)
+    def find(self, key: BlockHash) -> int:
+        """The block that holds `key`; 0 when there is none."""
+        keys: bytearray = self.keys
+        wanted: bytes = key
+        block_id = self._heads[self._slot(key)]
+        while block_id and keys[block_id * HASH_BYTES : (block_id + 1) * HASH_BYTES] != wanted:
+            block_id = self._chain[block_id]
+        return block_id
+
+    def is_indexed(self, block_id: int) -> bool:
+        """Whether the block can be hit."""
+        return self.states[block_id] == INDEXED
 
     def key_of(self, block_id: int) -> BlockHash | None:
-        """The key that `block_id` holds."""
-        return self._key_of[block_id]
+        """The key of a sealed block, be it that it cannot be hit any more."""
+        if self.states[block_id] == _UNKNOWN:
+            return None
+        return BlockHash(bytes(self.keys[block_id * HASH_BYTES : (block_id + 1) * HASH_BYTES]))
 
-    def add(self, key: BlockHash, block_id: int) -> None:
+    def add(self, key: BlockHash, lineage: bytes, block_id: int) -> None:
         """Let `block_id` answer for `key`; no block does yet, and it answers for no other key."""
-        assert key not in self._block_of
-        assert self._key_of[block_id] is None
-        self._block_of[key] = block_id
-        self._key_of[block_id] = key
+        assert self.states[block_id] != INDEXED
+        begin = block_id * HASH_BYTES
+        self.keys[begin : begin + HASH_BYTES] = key
+        self.lineages[begin : begin + HASH_BYTES] = lineage
+        self.states[block_id] = INDEXED
+        slot = self._slot(key)
+        self._chain[block_id] = self._heads[slot]
+        self._heads[slot] = block_id
+        self._link(self._slot(lineage), block_id)
+        self._num_indexed += 1
 
-    def remove(self, block_id: int) -> None:
-        """Forget the block, if it is there."""
-        key = self._key_of[block_id]
-        if key is not None:
-            del self._block_of[key]
-            self._key_of[block_id] = None
+    def _link(self, slot: int, block_id: int) -> None:
+        following = self._first[slot]
+        self._first[slot] = block_id
+        self._next[block_id] = following
+        self._previous[block_id] = _NONE
+        if following:
+            self._previous[following] = block_id
+
+    def forget(self, block_id: int) -> None:
+        """The block cannot be hit any more. It keeps its key, since blocks behind it may yet be sealed."""
+        if self.states[block_id] != INDEXED:
+            return
+        self.states[block_id] = _FORGOTTEN
+        begin = block_id * HASH_BYTES
+        self._unchain(self._slot(self.keys[begin : begin + 8]), block_id)
+        self._unlink(self._slot(self.lineages[begin : begin + 8]), block_id)
+        self._num_indexed -= 1
+
+    def clear(self, block_id: int) -> None:
+        """The block is given out anew."""
+        self.states[block_id] = _UNKNOWN
+
+    def _unchain(self, slot: int, block_id: int) -> None:
+        chain = self._chain
+        found = self._heads[slot]
+        if found == block_id:
+            self._heads[slot] = chain[block_id]
+            return
+        while chain[found] != block_id:
+            found = chain[found]
+        chain[found] = chain[block_id]
+
+    def _unlink(self, slot: int, block_id: int) -> None:
+        before, after = self._previous[block_id], self._next[block_id]
+        if before:
+            self._next[before] = after
+        else:
+            self._first[slot] = after
+        if after:
+            self._previous[after] = before
+
+    def followers(self, lineage: bytes, limit: int) -> list[int]:
+        """The newest blocks of a lineage, at most `limit`."""
+        found: list[int] = []
+        block_id = self._first[self._slot(lineage)]
+        while block_id and len(found) < limit:
+            begin = block_id * HASH_BYTES
+            if self.lineages[begin : begin + HASH_BYTES] == lineage:
+                found.append(block_id)
+            block_id = self._next[block_id]
+        return found
+
+    def longest_match(self, lineage: bytes, token_ids: IntArray, limit: int) -> tuple[int, int]:
+        """The block of a lineage that shares the most leading tokens with `token_ids`, and how many; (0, 0) for none.
+
+        Only the `limit` newest are looked at. Of equals the newest is taken.
+        """
+        blocks = self.followers(lineage, limit)
+        num_tokens = min(len(token_ids), self.token_ids.shape[1])
+        if not blocks or not num_tokens:
+            return _NONE, 0
+        differs = self.token_ids[blocks, :num_tokens] != token_ids[:num_tokens]
+        lengths = np.where(differs.any(axis=1), differs.argmax(axis=1), num_tokens)
+        best = int(lengths.argmax())
+        return (blocks[best], int(lengths[best])) if lengths[best] else (_NONE, 0)
+
+    def indexed_blocks(self) -> Iterator[int]:
+        """Ids of the blocks that can be hit, ascending."""
+        return iter(np.flatnonzero(np.frombuffer(self.states, np.uint8) == INDEXED).tolist())
+
+    def chained_blocks(self) -> Iterator[int]:
+        """Every block that a look-up can end at, for checks."""
+        for head in self._heads:
+            while head:
+                yield head
+                head = self._chain[head]  # noqa: PLW2901 -- it walks the chain that it heads
+
+    def oldest_first(self) -> Iterator[int]:
+        """The blocks of every lineage, oldest first: adding them in this order makes the same lists again."""
+        for head in self._first:
+            found = []
+            while head:
+                found.append(head)
+                head = self._next[head]  # noqa: PLW2901 -- as above
+            yield from reversed(found)
+
+    # In progress
 
     def is_in_progress(self, key: BlockHash) -> bool:
         """Whether a running sequence will fill `key`."""

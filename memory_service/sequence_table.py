@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from memory_service.block_hash import BlockHash
     from memory_service.demand import IntArray
+    from memory_service.tenants import Home, Tenant
 
 _FIRST_WIDTH = 16
 
@@ -22,11 +23,12 @@ class Sequence:
 
     sequence_id: str
     request_id: str
+    tenant: Tenant
     incarnation: int
     num_cached_tokens: int
-    admitted_at: float  # seconds of the manager's clock
-    keys: list[BlockHash] = field(default_factory=list)  # of its sealed blocks, in order
+    admitted_at: float  # seconds since the epoch
     expected_keys: list[BlockHash] = field(default_factory=list)  # it will fill these next
+    retention: Home | None = None  # where the blocks that it seals count
 
 
 class SequenceTable:
@@ -40,6 +42,8 @@ class SequenceTable:
         self.max_num_rows = max_num_rows
         self.num_blocks = np.zeros(max_num_rows, dtype=np.int32)
         self.num_computed = np.zeros(max_num_rows, dtype=np.int32)
+        self.num_reserved = np.zeros(max_num_rows, dtype=np.int32)  # end of what steps may write
+        self.is_live = np.zeros(max_num_rows, dtype=np.bool_)
         self.entries = np.zeros((max_num_rows, _FIRST_WIDTH), dtype=np.int32)
         self._sequences: dict[int, Sequence] = {}
 
@@ -62,13 +66,15 @@ class SequenceTable:
     def add(self, row: int, sequence: Sequence, block_table: IntArray, num_computed: int) -> None:
         """Let `sequence` live in the unused `row`."""
         self._sequences[row] = sequence
-        self.num_computed[row] = num_computed
+        self.is_live[row] = True
+        self.num_computed[row] = self.num_reserved[row] = num_computed
         self.num_blocks[row] = 0
         self.append(row, block_table)
 
     def remove(self, row: int) -> Sequence:
         """End the sequence in `row`."""
         self.num_blocks[row] = 0
+        self.is_live[row] = False
         return self._sequences.pop(row)
 
     def append(self, row: int, block_ids: IntArray | list[int]) -> None:

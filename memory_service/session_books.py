@@ -14,5 +14,8 @@ if TYPE_CHECKING:
 class SessionBooks:
     """A session's sequences, and the copies that read blocks on its behalf."""
 
+    session_id: str
     table: SequenceTable
+    generation: int = 0  # of its newest stream
+    last_applied_step: int = 0
     unacknowledged_copies: deque[tuple[int, int]] = field(default_factory=deque)  # (step, source)

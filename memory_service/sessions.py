@@ -64,8 +64,7 @@ class Sessions:
         self._check_pool(pool_id, writer_generation)
         self._check_rows(session_id, max_num_rows)
         session, is_new = self._leases.open(session_id, max_num_rows)
-        if is_new:
-            self._manager.open_session(session.key, max_num_rows)
+        self._manager.open_session(session.key, max_num_rows, session_id, session.generation)
         _logger.info(
             "session_opened" if is_new else "session_resumed",
             session_id=session_id,
@@ -75,7 +74,7 @@ class Sessions:
         return session
 
     def _check_pool(self, pool_id: str, writer_generation: int) -> None:
-        expected, writer = self._registry.pool.pool_id, self._registry.writer
+        expected, writer = self._registry.whole_pool.pool_id, self._registry.writer
         generation = writer.generation if writer else 0
         if (pool_id, writer_generation) != (expected, generation):
             message = (

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memory_service.demand import RefusalReason
+from memory_service.demand import RefusalReason, Shortage
+from memory_service.ledger import APPENDED
 
 if TYPE_CHECKING:
-    from memory_service.block_pool import BlockPool
+    from numpy.typing import NDArray
+
     from memory_service.demand import IntArray, StepAnswer, StepDemand
+    from memory_service.ledger import Ledger
     from memory_service.sequence_table import SequenceTable
     from memory_service.session_books import SessionBooks
 
@@ -18,29 +21,68 @@ if TYPE_CHECKING:
 class SlotAllocator:
     """Gives running sequences their slots."""
 
-    def __init__(self, pool: BlockPool, block_size: int) -> None:
-        self._pool = pool
-        self._block_size = block_size
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._pool = ledger.pool
+        self._block_size = ledger.block_size
 
-    def extend_all(self, books: SessionBooks, demand: StepDemand, answer: StepAnswer) -> None:
-        """Give every extended row its slots; most rows need none, and are passed without a loop."""
+    def extend_all(
+        self, books: SessionBooks, demand: StepDemand, answer: StepAnswer
+    ) -> list[tuple[int, int, int, int]]:
+        """Give every extended row its slots; most rows need none, and are passed without a loop.
+
+        Returns (row, index, block, source) of every table entry that changed; the source is `APPENDED` for a new one.
+        """
         table, rows, starts = books.table, demand.extend_rows, demand.extend_starts
         ends = starts + demand.extend_num_tokens
         missing = np.maximum(0, -(-ends // self._block_size) - table.num_blocks[rows])
         shared = self._num_shared(table, rows, starts, ends)
+        takes: list[tuple[int, int, int, int]] = []
         for which in np.flatnonzero((missing > 0) | (shared > 0)).tolist():
             row = int(rows[which])
             # The last holder of a shared block writes in place: earlier rows of this loop may have left it alone.
             entries = self._shared_entries(table, row, int(starts[which]), int(ends[which]))
-            needed = int(missing[which]) + len(entries)
-            if answer.refusals or needed > self._pool.num_available:
-                # Nobody less urgent overtakes; those who need nothing run on.
-                answer.refusals += [(row, RefusalReason.NO_BLOCKS)] if needed else []
+            num_missing = int(missing[which])
+            shortage = self._find_shortage(table, row, num_missing + len(entries), answer)
+            if shortage is not None:
+                answer.refuse(row, shortage)
                 continue
-            for index in entries:
-                self._copy_on_write(books, demand.step, row, index, answer)
-            self._append(table, row, int(missing[which]), answer)
-        self._check_writes(books, demand, answer)
+            takes += [self._copy(books, demand.step, row, index, answer) for index in entries]
+            takes += self._append(table, row, num_missing, answer)
+        runs = self._check_writes(books, demand, answer)
+        table.num_reserved[rows[runs]] = ends[runs]
+        return takes
+
+    def _find_shortage(
+        self, table: SequenceTable, row: int, num_needed: int, answer: StepAnswer
+    ) -> Shortage | None:
+        """Why the row does not get its blocks; nobody less urgent overtakes, those who need nothing run on."""
+        if not num_needed:
+            return None
+        sequence = table[row]
+        tenant, reason = sequence.tenant, None
+        if any(found.reason is RefusalReason.NO_BLOCKS for found in answer.shortages):
+            reason = RefusalReason.NO_BLOCKS
+        elif any(found.tenant == tenant.name for found in answer.shortages):
+            reason = RefusalReason.OVER_QUOTA
+        elif num_needed > self._pool.num_available:
+            reason = RefusalReason.NO_BLOCKS
+        elif num_needed > self._pool.num_available_to(tenant):
+            reason = self._quota_reason(table, row, num_needed)
+        if reason is None:
+            return None
+        available = self._pool.num_available_to(tenant)
+        names = (sequence.sequence_id, sequence.request_id, tenant.name)
+        return Shortage(*names, reason, num_needed, available)
+
+    def _quota_reason(self, table: SequenceTable, row: int, num_needed: int) -> RefusalReason:
+        tenant = table[row].tenant
+        assert tenant.hard_blocks is not None
+        homes = self._pool.home_ids[table.entries[row, : table.num_blocks[row]]]
+        num_own = int(np.isin(homes, [home.home_id for home in tenant.homes.values()]).sum())
+        if num_own + num_needed > tenant.hard_blocks:
+            return RefusalReason.LARGER_THAN_QUOTA
+        return RefusalReason.OVER_QUOTA
 
     def _num_shared(
         self, table: SequenceTable, rows: IntArray, starts: IntArray, ends: IntArray
@@ -69,27 +111,30 @@ class SlotAllocator:
         shared = self._pool.ref_counts[table.entries[row, first : max(first, last)]] > 1
         return [first + int(offset) for offset in np.flatnonzero(shared)]
 
-    def _copy_on_write(
+    def _copy(
         self, books: SessionBooks, step: int, row: int, index: int, answer: StepAnswer
-    ) -> None:
+    ) -> tuple[int, int, int, int]:
         source = int(books.table.entries[row, index])
-        target = self._pool.allocate()
-        self._pool.pin(source)
-        self._pool.release(source)
-        books.table.entries[row, index] = target
-        books.unacknowledged_copies.append((step, source))
+        target = self._ledger.copy_on_write(books, step, row, index)
         answer.copies.append((source, target))
         answer.remaps.append((row, index, target))
+        return row, index, target, source
 
-    def _append(self, table: SequenceTable, row: int, count: int, answer: StepAnswer) -> None:
-        block_ids = [self._pool.allocate() for _ in range(count)]
-        table.append(row, block_ids)
+    def _append(
+        self, table: SequenceTable, row: int, count: int, answer: StepAnswer
+    ) -> list[tuple[int, int, int, int]]:
+        first = int(table.num_blocks[row])
+        block_ids = self._ledger.append(table, row, count)
         answer.new_blocks += [(row, block_id) for block_id in block_ids]
+        return [(row, index, block_id, APPENDED) for index, block_id in enumerate(block_ids, first)]
 
-    def _check_writes(self, books: SessionBooks, demand: StepDemand, answer: StepAnswer) -> None:
-        """No slot that the step writes lies in a sealed block or in one that two tables hold."""
-        refused = [row for row, _ in answer.refusals]
-        runs = ~np.isin(demand.extend_rows, refused)
+    def _check_writes(
+        self, books: SessionBooks, demand: StepDemand, answer: StepAnswer
+    ) -> NDArray[np.bool_]:
+        """No slot that the step writes lies in a sealed block or in one that two tables hold; which rows run."""
+        runs = np.ones(len(demand.extend_rows), dtype=np.bool_)
+        if answer.refusals:
+            runs = ~np.isin(demand.extend_rows, [row for row, _ in answer.refusals])
         starts = demand.extend_starts[runs]
         ends = starts + demand.extend_num_tokens[runs]
         _, blocks = self._written(books.table, demand.extend_rows[runs], starts, ends)
@@ -98,3 +143,4 @@ class SlotAllocator:
             raise RuntimeError(
                 f"step {demand.step} would write block {blocks[wrong][0]}, which it may not"
             )
+        return runs
