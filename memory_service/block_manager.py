@@ -71,7 +71,9 @@ class BlockManager:
         self.block_size = block_size
         self.prefix_cache_enabled = prefix_cache_enabled
         self.ledger = Ledger(pool, block_size, hasher, prefix_cache_enabled, Retentions(pool))
+        # The log comes first: nobody is told what it does not know.
         self.on_record: Callable[[Record], None] = _nobody_listens
+        self.observers: list[Callable[[Record], None]] = []
         self.clock = clock
         self._slots = SlotAllocator(self.ledger)
         self._lookup = PrefixLookup(self.ledger, min_partial_tokens)
@@ -176,7 +178,10 @@ class BlockManager:
 
     def _tell(self, change: Change) -> None:
         self.ledger.revision += 1
-        self.on_record(Record(self.ledger.revision, self.pool.now, change))
+        record = Record(self.ledger.revision, self.pool.now, change)
+        self.on_record(record)
+        for observer in self.observers:
+            observer(record)
 
     def _commit_all(
         self, table: SequenceTable, demand: StepDemand, answer: StepAnswer
