@@ -109,10 +109,10 @@ class FrameWriter:
         try:
             temporary.unlink(missing_ok=True)
             writer = cls(path, os.open(temporary, _CREATE, _MODE), 0)
+            writer.append([first])
+            temporary.rename(path)
         except OSError as error:
             raise _unwritable(path, error) from error
-        writer.append([first])
-        temporary.rename(path)
         return writer
 
     @classmethod
