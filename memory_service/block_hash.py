@@ -33,12 +33,16 @@ class BlockHasher:
         self._secret = secret
         self.root = BlockHash(blake2b(root, digest_size=HASH_BYTES, key=secret).digest())
         self._salted = lru_cache(_MAX_SALTS)(self._make_salted)
+        self._mask = lru_cache(_MAX_SALTS)(self._make_mask)
 
     def _make_salted(self, salt: bytes) -> blake2b:
         # The salt's length goes first, so that no salt can pass for tokens.
         digest = blake2b(digest_size=HASH_BYTES, key=self._secret)
         digest.update(len(salt).to_bytes(4, "little") + salt)
         return digest
+
+    def _make_mask(self, salt: bytes) -> int:
+        return int.from_bytes(self._salted(salt).digest(), "little")
 
     def key(self, parent: BlockHash, token_ids: bytes, salt: bytes) -> BlockHash:
         """Key of a block.
@@ -54,7 +58,7 @@ class BlockHasher:
 
     def lineage(self, parent: BlockHash, salt: bytes) -> bytes:
         """Names the blocks that may follow `parent` under `salt`, and tells nothing to other salts."""
-        mask = int.from_bytes(self._salted(salt).digest(), "little")
+        mask = self._mask(salt)
         return (int.from_bytes(parent, "little") ^ mask).to_bytes(HASH_BYTES, "little")
 
     def chain(

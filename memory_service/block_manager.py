@@ -33,7 +33,7 @@ from memory_service.slots import SlotAllocator
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from memory_service.block_hash import BlockHasher
+    from memory_service.block_hash import BlockHash, BlockHasher
     from memory_service.demand import IntArray, StepDemand
     from memory_service.record import Change
     from memory_service.sequence_table import SequenceTable
@@ -192,37 +192,54 @@ class BlockManager:
         end = demand.commit_num_computed_tokens // size
         table.num_computed[rows] = demand.commit_num_computed_tokens
         table.num_reserved[rows] = np.maximum(table.num_reserved[rows], table.num_computed[rows])
-        seals: list[tuple[int, int, int]] = []
-        keys: list[bytes] = []
-        blocks = demand.commit_token_ids.reshape(-1, size)
-        for which in np.flatnonzero(end > first).tolist():
-            row = int(rows[which])
-            for index in range(int(first[which]), int(end[which])):
-                self._seal(table, row, index, blocks[len(seals)], answer, seals, keys)
-        token_ids = demand.commit_token_ids.tobytes() if keys else b""
-        return _array(seals, 3), b"".join(keys), token_ids
+        full = np.flatnonzero(end > first)
+        if not len(full):
+            return _array([], 3), b"", b""
+        counts = end[full] - first[full]
+        sealed_rows = np.repeat(rows[full], counts).tolist()
+        indexes = [
+            index
+            for begin, count in zip(first[full].tolist(), counts.tolist(), strict=True)
+            for index in range(begin, begin + count)
+        ]
+        return self._seal(table, sealed_rows, indexes, demand.commit_token_ids, answer)
 
     def _seal(
         self,
         table: SequenceTable,
-        row: int,
-        index: int,
+        rows: list[int],
+        indexes: list[int],
         token_ids: IntArray,
         answer: StepAnswer,
-        seals: list[tuple[int, int, int]],
-        keys: list[bytes],
-    ) -> None:
-        ledger, block_id = self.ledger, int(table.entries[row, index])
-        parent = key = ledger.hasher.root
-        if self.prefix_cache_enabled:
-            parent = ledger.parent_key(table, row, index)
-            salt = table[row].tenant.salt
-            key = self._lookup.next_key(parent, token_ids.tobytes(), salt)
-            keys.append(key)
-        stays = ledger.seal(table, row, index, parent, key, token_ids)
-        if stays != block_id:
-            answer.remaps.append((row, index, stays))
-        seals.append((row, index, stays))
+    ) -> tuple[IntArray, bytes, bytes]:
+        packed = token_ids.tobytes() if self.prefix_cache_enabled else b""
+        parents, keys = self._keys(table, rows, indexes, packed) if packed else ([], [])
+        before = table.entries[rows, indexes].tolist()
+        blocks = token_ids.reshape(-1, self.block_size)
+        stays = self.ledger.seal(table, rows, indexes, parents, keys, blocks)
+        if stays != before:
+            answer.remaps += [
+                found
+                for found, block_id in zip(
+                    zip(rows, indexes, stays, strict=True), before, strict=True
+                )
+                if found[2] != block_id
+            ]
+        return np.array([rows, indexes, stays], dtype=np.int32).T, b"".join(keys), packed
+
+    def _keys(
+        self, table: SequenceTable, rows: list[int], indexes: list[int], packed: bytes
+    ) -> tuple[list[BlockHash], list[BlockHash]]:
+        """Keys of what precedes each entry, and of its block."""
+        width = 4 * self.block_size
+        parents: list[BlockHash] = []
+        keys: list[BlockHash] = []
+        for known in self.ledger.parents_of_sealed(table, rows, indexes):
+            parent = known or keys[-1]
+            begin, salt = len(keys) * width, table[rows[len(keys)]].tenant.salt
+            parents.append(parent)
+            keys.append(self._lookup.next_key(parent, packed[begin : begin + width], salt))
+        return parents, keys
 
     def _release_all(
         self, books: SessionBooks, demand: StepDemand, answer: StepAnswer

@@ -73,6 +73,7 @@ class BlockPool:
         self.homes: dict[int, Home] = {}
         self.last_home_id = 0
         self.tenants: dict[str, Tenant] = {}
+        self._bounded: dict[str, Tenant] = {}
         self._over_share: dict[str, Tenant] = {}
         self._maybe_idle: dict[str, Tenant] = {}
         self.now = 0.0  # seconds since the epoch, set by whoever changes the pool
@@ -102,6 +103,11 @@ class BlockPool:
             return self.num_available
         allowed = tenant.hard_blocks - tenant.num_blocks + tenant.num_cached
         return min(self.num_available, max(0, allowed))
+
+    @property
+    def has_quotas(self) -> bool:
+        """Whether any tenant is bounded."""
+        return bool(self._bounded)
 
     def free_blocks(self) -> Iterator[int]:
         """Ids of the free blocks."""
@@ -153,6 +159,9 @@ class BlockPool:
     def set_quota(self, tenant: Tenant, soft_blocks: int | None, hard_blocks: int | None) -> None:
         """Bound `tenant` from now on; None is no bound."""
         tenant.soft_blocks, tenant.hard_blocks = soft_blocks, hard_blocks
+        self._bounded[tenant.name] = tenant
+        if not tenant.is_bounded:
+            del self._bounded[tenant.name]
         self._note_count(tenant)
 
     def _note_count(self, tenant: Tenant) -> None:

@@ -118,14 +118,17 @@ class Fold:
         self._pool.forget_idle_tenants()
 
     def _seal(self, books: SessionBooks, change: StepApplied) -> None:
-        ledger, table = self._ledger, books.table
-        keys = split_keys(change.seal_keys) or (ledger.hasher.root,) * len(change.seals)
-        blocks = np.frombuffer(change.seal_token_ids, "<i4").reshape(-1, ledger.block_size)
-        for which, (row, index, stays) in enumerate(change.seals.tolist()):
-            parent, tokens = ledger.hasher.root, blocks
-            if ledger.prefix_cache_enabled:
-                parent, tokens = ledger.parent_key(table, row, index), blocks[which]
-            _expect(stays, ledger.seal(table, row, index, parent, keys[which], tokens))
+        if not len(change.seals):
+            return
+        rows, indexes, stays = change.seals.T.tolist()
+        keys = list(split_keys(change.seal_keys))
+        parents = []
+        if keys:
+            found = self._ledger.parents_of_sealed(books.table, rows, indexes)
+            parents = [parent or keys[which - 1] for which, parent in enumerate(found)]
+        token_ids = np.frombuffer(change.seal_token_ids, "<i4")
+        blocks = token_ids.reshape(-1, self._ledger.block_size)
+        _expect(stays, self._ledger.seal(books.table, rows, indexes, parents, keys, blocks))
 
     def _take(self, books: SessionBooks, change: StepApplied) -> None:
         for row, index, block_id, source in change.takes.tolist():

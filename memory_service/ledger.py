@@ -119,45 +119,65 @@ class Ledger:
     def seal(
         self,
         table: SequenceTable,
+        rows: list[int],
+        indexes: list[int],
+        parents: list[BlockHash],
+        keys: list[BlockHash],
+        token_ids: IntArray,
+    ) -> list[int]:
+        """Table entries are full and acknowledged, a row's in order; the blocks that stay there, be they older ones.
+
+        Args:
+            table: the session's.
+            rows: of the entries.
+            indexes: of the entries.
+            parents: keys of what precedes them; empty without a prefix cache.
+            keys: of their blocks, likewise.
+            token_ids: `[len(rows), block_size]`, likewise.
+        """
+        block_ids: list[int] = table.entries[rows, indexes].tolist()
+        self.pool.sealed[block_ids] = True
+        if not self.prefix_cache_enabled:
+            return block_ids
+        self.pool.index.token_ids[block_ids] = token_ids
+        return [
+            self._seal(table, *found)
+            for found in zip(rows, indexes, block_ids, parents, keys, strict=True)
+        ]
+
+    def parents_of_sealed(
+        self, table: SequenceTable, rows: list[int], indexes: list[int]
+    ) -> list[BlockHash | None]:
+        """The key of what precedes each entry; None when that is sealed along with it, as the entry before."""
+        before = table.entries[rows, [index - 1 for index in indexes]].tolist()
+        return [
+            self.pool.index.key_of(block_id) if index else self.hasher.root
+            for index, block_id in zip(indexes, before, strict=True)
+        ]
+
+    def _seal(
+        self,
+        table: SequenceTable,
         row: int,
         index: int,
+        block_id: int,
         parent: BlockHash,
         key: BlockHash,
-        token_ids: IntArray,
     ) -> int:
-        """The row's entry `index` is full and acknowledged; the block that stays there, which may be an older one.
-
-        Without a prefix cache keys and token ids mean nothing.
-        """
-        pool, sequence = self.pool, table[row]
-        block_id = int(table.entries[row, index])
-        pool.sealed[block_id] = True
+        prefixes, sequence = self.pool.index, table[row]
         if sequence.expected_keys:
-            pool.index.end(sequence.expected_keys[:1])
+            prefixes.end(sequence.expected_keys[:1])
             del sequence.expected_keys[:1]
-        if not self.prefix_cache_enabled:
-            return block_id
-        original = pool.index.find(key)
+        original = prefixes.find(key)
         if original:
             self._replace(table, row, index, original)
             return original
-        pool.index.token_ids[block_id] = token_ids
-        pool.index.add(key, self._lineage(sequence, parent, key), block_id)
+        is_public = key in self.retentions.public_keys
+        salt = PUBLIC_SALT if is_public else sequence.tenant.salt
+        prefixes.add(key, self.hasher.lineage(parent, salt), block_id)
         if sequence.retention is not None:
             self.retentions.sealed(sequence.retention, block_id)
         return block_id
-
-    def parent_key(self, table: SequenceTable, row: int, index: int) -> BlockHash:
-        """The key of what precedes the row's entry `index`, all of which is sealed."""
-        if not index:
-            return self.hasher.root
-        key = self.pool.index.key_of(int(table.entries[row, index - 1]))
-        assert key is not None
-        return key
-
-    def _lineage(self, sequence: Sequence, parent: BlockHash, key: BlockHash) -> bytes:
-        is_public = key in self.retentions.public_keys
-        return self.hasher.lineage(parent, PUBLIC_SALT if is_public else sequence.tenant.salt)
 
     def _replace(self, table: SequenceTable, row: int, index: int, block_id: int) -> None:
         """Let a table entry name `block_id` in place of its duplicate."""
@@ -201,6 +221,13 @@ class Ledger:
         tenant = table[row].tenant
         block_ids = [self.pool.allocate(tenant) for _ in range(count)]
         table.append(row, block_ids)
+        return block_ids
+
+    def append_each(self, table: SequenceTable, rows: list[int]) -> list[int]:
+        """The table of each of these rows grows by a block; their ids. The same as `append` of one after the other."""
+        allocate = self.pool.allocate
+        block_ids = [allocate(table[row].tenant) for row in rows]
+        table.append_each(rows, block_ids)
         return block_ids
 
     def copy_on_write(self, books: SessionBooks, step: int, row: int, index: int) -> int:

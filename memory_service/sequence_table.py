@@ -86,6 +86,14 @@ class SequenceTable:
         self.entries[row, begin:end] = block_ids
         self.num_blocks[row] = end
 
+    def append_each(self, rows: list[int], block_ids: list[int]) -> None:
+        """Let the table of each of these rows, none of them twice, grow by one block."""
+        ends = self.num_blocks[rows]
+        if ends.max(initial=0) >= self.entries.shape[1]:
+            self._widen(int(ends.max()) + 1)
+        self.entries[rows, ends] = block_ids
+        self.num_blocks[rows] = ends + 1
+
     def _widen(self, width: int) -> None:
         wider = np.zeros((self.max_num_rows, max(width, 2 * self.entries.shape[1])), np.int32)
         wider[:, : self.entries.shape[1]] = self.entries

@@ -37,27 +37,63 @@ class SlotAllocator:
         ends = starts + demand.extend_num_tokens
         missing = np.maximum(0, -(-ends // self._block_size) - table.num_blocks[rows])
         shared = self._num_shared(table, rows, starts, ends)
-        takes: list[tuple[int, int, int, int]] = []
-        for which in np.flatnonzero((missing > 0) | (shared > 0)).tolist():
-            row = int(rows[which])
-            # The last holder of a shared block writes in place: earlier rows of this loop may have left it alone.
-            entries = self._shared_entries(table, row, int(starts[which]), int(ends[which]))
-            num_missing = int(missing[which])
-            shortage = self._find_shortage(table, row, num_missing + len(entries), answer)
-            if shortage is not None:
-                answer.refuse(row, shortage)
-                continue
-            takes += [self._copy(books, demand.step, row, index, answer) for index in entries]
-            takes += self._append(table, row, num_missing, answer)
+        wanting = np.flatnonzero((missing > 0) | (shared > 0))
+        if self._is_plenty(missing[wanting], shared[wanting]):
+            takes = self._append_each(table, rows[wanting].tolist(), answer)
+        else:
+            takes = []
+            for which in wanting.tolist():
+                needs = (int(found[which]) for found in (rows, missing, shared, starts, ends))
+                takes += self._extend(books, demand.step, answer, *needs)
         runs = self._check_writes(books, demand, answer)
         table.num_reserved[rows[runs]] = ends[runs]
         return takes
+
+    def _is_plenty(self, missing: IntArray, shared: IntArray) -> bool:
+        """Whether every row that wants anything wants one new block, and gets it."""
+        pool = self._pool
+        is_plain = not shared.any() and (missing == 1).all() and not pool.has_quotas
+        return bool(is_plain and len(missing) <= pool.num_available)
+
+    def _append_each(
+        self, table: SequenceTable, rows: list[int], answer: StepAnswer
+    ) -> list[tuple[int, int, int, int]]:
+        indexes = table.num_blocks[rows].tolist()
+        block_ids = self._ledger.append_each(table, rows)
+        answer.new_blocks += zip(rows, block_ids, strict=True)
+        return [
+            (row, index, block_id, APPENDED)
+            for row, index, block_id in zip(rows, indexes, block_ids, strict=True)
+        ]
+
+    def _extend(
+        self,
+        books: SessionBooks,
+        step: int,
+        answer: StepAnswer,
+        row: int,
+        num_missing: int,
+        num_shared: int,
+        start: int,
+        end: int,
+    ) -> list[tuple[int, int, int, int]]:
+        table = books.table
+        # The last holder of a shared block writes in place: rows before this one may have left it alone.
+        entries = self._shared_entries(table, row, start, end) if num_shared else []
+        shortage = self._find_shortage(table, row, num_missing + len(entries), answer)
+        if shortage is not None:
+            answer.refuse(row, shortage)
+            return []
+        takes = [self._copy(books, step, row, index, answer) for index in entries]
+        return takes + self._append(table, row, num_missing, answer)
 
     def _find_shortage(
         self, table: SequenceTable, row: int, num_needed: int, answer: StepAnswer
     ) -> Shortage | None:
         """Why the row does not get its blocks; nobody less urgent overtakes, those who need nothing run on."""
         if not num_needed:
+            return None
+        if not answer.shortages and num_needed <= self._pool.num_available_to(table[row].tenant):
             return None
         sequence = table[row]
         tenant, reason = sequence.tenant, None

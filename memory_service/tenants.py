@@ -36,11 +36,10 @@ class Tenant:
     num_cached: int = 0
     num_sequences: int = 0
     homes: dict[int, Home] = field(default_factory=dict)  # by retention
+    salt: bytes = b""  # what separates its keys from those of all others
 
-    @property
-    def salt(self) -> bytes:
-        """What separates its keys from those of all others."""
-        return tenant_salt(self.name)
+    def __post_init__(self) -> None:
+        self.salt = tenant_salt(self.name)
 
     @property
     def is_bounded(self) -> bool:
