@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from memory_service.record import Change
     from memory_service.tenants import Tenant
 
-FLUSH_CHUNK: Final = 4096  # blocks that one flush looks at: a larger one is made of several
+FLUSH_CHUNK: Final = 2048  # blocks that one flush looks at: a larger one is made of several
 
 
 class Verdict(Enum):
