@@ -36,6 +36,9 @@ _CLASS_OF_REASON: dict[str, type[errors.QuireError]] = {
         errors.NoPool,
         errors.SequenceNotFound,
         errors.TooManySequences,
+        errors.BlockNotFound,
+        errors.QuotaExceeded,
+        errors.Unauthenticated,
         errors.InternalError,
     )
 }

@@ -236,25 +236,6 @@ class ChatSettings(SamplingFlags):
     system: str | None = Field(None, description="what the model is told before the first message")
 
 
-class InspectSettings(CommonSettings):
-    """Look into the memory service's pool while it serves."""
-
-    what: CliPositionalArg[Literal["pool", "sequences", "sequence", "integrity"]] = Field(
-        description="what to show"
-    )
-    sequence_id: CliPositionalArg[str | None] = Field(
-        None, description="which sequence, for `sequence`"
-    )
-    memory_address: str | None = Field(
-        None, description="address of the memory service; unset: that of `quire up`"
-    )
-    router_address: str = Field(
-        DEFAULT_ROUTER_ADDRESS, description="router whose `quire up` is meant"
-    )
-    output: Literal["table", "json"] = Field("table", description="for people or machines")
-    timeout_s: PositiveFloat = Field(10.0, description="seconds to wait for the answer")
-
-
 ALL_SETTINGS: tuple[type[CommonSettings], ...] = (
     MemorySettings,
     ComputeSettings,
@@ -262,5 +243,4 @@ ALL_SETTINGS: tuple[type[CommonSettings], ...] = (
     UpSettings,
     GenerateSettings,
     ChatSettings,
-    InspectSettings,
 )

@@ -19,6 +19,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from quire.flag_help import add_argument_for
+from quire.inspection_settings import INSPECTION_SETTINGS
 from quire.settings import ALL_SETTINGS, ENV_PREFIX, CommonSettings
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def load(cls: type[SettingsT], argv: Sequence[str], *, prog: str) -> SettingsT:
                 settings_cls,
                 cli_parse_args=arguments,
                 root_parser=_parser(cls, prog),
+                add_argument_method=add_argument_for(cls),
                 cli_kebab_case=True,
                 cli_implicit_flags=True,
                 cli_hide_none_type=True,
@@ -129,7 +132,7 @@ def _check_flags(cls: type[CommonSettings], arguments: list[str], prog: str) -> 
 
 def _check_variables(prog: str) -> None:
     """A variable may be meant for another command, so all names are known to all."""
-    fields = {name for cls in ALL_SETTINGS for name in cls.model_fields}
+    fields = {name for cls in ALL_SETTINGS + INSPECTION_SETTINGS for name in cls.model_fields}
     names = [f"{ENV_PREFIX}{name.upper()}" for name in fields] + [CONFIG_VARIABLE]
     for variable, value in os.environ.items():
         is_ours = variable.startswith(ENV_PREFIX) and not _is_service_link(variable, value)

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from quire import __version__
 
 _SERVICES = {"memory": "memory_service", "compute": "compute_service", "router": "router"}
-_COMMANDS = ("up", "demo", "generate", "chat", "inspect")
+_COMMANDS = ("up", "demo", "generate", "chat", "inspect", "top", "control")
 _NEED_COMPUTE = ("up", "demo", "compute")
 _COMPUTE_LIBRARIES = ("torch", "transformers", "numba")
 _USAGE = """usage: quire COMMAND [flags]
@@ -22,7 +22,9 @@ _USAGE = """usage: quire COMMAND [flags]
   router    start the router alone
   generate  continue a text
   chat      talk to the model
-  inspect   look into the pool: pool, sequences, sequence ID, integrity
+  inspect   look into the pool: counts, sequences, blocks, tenants, why something happened
+  top       show the pool live
+  control   quotas, retention, flush, shared prefixes
   version   print the version
 
 `quire COMMAND --help` lists the flags of a command."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from quire.cli.pool_picture import draw_pool
+from quire.cli.pool_picture import draw_picture
 from quire.client import Client, GenerateOptions, PoolInspector
 from quire.run_folder import memory_address
 from quire.settings import DEFAULT_ROUTER_ADDRESS, DemoSettings
@@ -74,9 +74,9 @@ def _show(addresses: dict[str, str]) -> None:
         _stream_one(client)
         busiest = _share_prefix(client, inspector, console)
         console.print("\nthe pool while they ran, when most blocks were shared:")
-        draw_pool(console, busiest)
+        draw_picture(console, busiest)
         console.print("\nand now, with what they left in the prefix cache:")
-        draw_pool(console, inspector.get_pool())
+        draw_picture(console, inspector.get_pool())
     memory = memory_address(DEFAULT_ROUTER_ADDRESS).removeprefix("unix:")
     print("\nTo look for yourself, start `quire up` in another terminal and ask:")
     print(f"  grpcurl -plaintext -unix {memory} quire.memory.v1.InspectionService/GetPool")

@@ -1,103 +1,178 @@
-"""`quire inspect`: the pool, sequences, a block table, an integrity check."""
+"""`quire inspect`: questions to the memory service, each with its answer as a table or as JSON."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from google.protobuf.json_format import MessageToJson
-from rich.console import Console
-from rich.table import Table
+from google.protobuf.message import Message
 
-from quire.cli.errors import reporting_errors
-from quire.cli.pool_picture import draw_pool
+from quire.cli import inspect_tables as tables
+from quire.cli.inspect_watch import watch
+from quire.cli.memory import address_of, prompt_of, reporting_memory_errors
+from quire.cli.output import make_console, print_json, say
+from quire.cli.subcommands import Subcommand, WrongUsage, run_subcommand
 from quire.client import PoolInspector
-from quire.run_folder import memory_address
-from quire.settings import InspectSettings
-from quire.settings_loader import load
+from quire.inspection_settings import (
+    InspectBlockSettings,
+    InspectBlocksSettings,
+    InspectExplainSettings,
+    InspectIntegritySettings,
+    InspectPoolSettings,
+    InspectProbeSettings,
+    InspectRetentionsSettings,
+    InspectSequenceSettings,
+    InspectSequencesSettings,
+    InspectSettings,
+    InspectTenantsSettings,
+    InspectWatchSettings,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from google.protobuf.message import Message
+    from rich.console import Console
 
-_PIPED_WIDTH = 200
-_SEQUENCE_COLUMNS = (
-    "sequence_id",
-    "request_id",
-    "session_id",
-    "num_computed_tokens",
-    "num_cached_tokens",
-    "num_blocks",
-    "age_seconds",
-)
-_ENTRY_COLUMNS = ("block_id", "ref_count", "sealed", "block_hash")
+AnswerT = TypeVar("AnswerT", bound="Message | Sequence[Message]")
 
 
 def inspect(argv: Sequence[str]) -> int:
-    """Print what was asked for; the process's exit status."""
-    settings = load(InspectSettings, argv, prog="quire inspect")
-    if (settings.what == "sequence") != (settings.sequence_id is not None):
-        print("error: quire inspect: `sequence` and only it takes a sequence id", file=sys.stderr)
-        return 2
-    address = settings.memory_address or memory_address(settings.router_address)
+    """Answer one question; the process's exit status."""
+    about = "Look into the memory service's pool while it serves; nothing is changed."
+    return run_subcommand("quire inspect", about, _SUBCOMMANDS, argv)
+
+
+def _answer(
+    settings: InspectSettings,
+    ask: Callable[[PoolInspector], AnswerT],
+    draw: Callable[[Console, AnswerT], None],
+) -> int:
     with (
-        reporting_errors(address) as outcome,
-        PoolInspector(address, timeout_s=settings.timeout_s) as inspector,
+        reporting_memory_errors(settings) as outcome,
+        PoolInspector(address_of(settings), timeout_s=settings.timeout_s) as inspector,
     ):
-        # What is piped must not be cut to a width that nobody sees.
-        width = None if sys.stdout.isatty() else _PIPED_WIDTH
-        outcome.status = _show(settings, inspector, Console(highlight=False, width=width))
+        answer = ask(inspector)
+        if settings.output == "json":
+            print_json([answer] if isinstance(answer, Message) else answer)
+        else:
+            draw(make_console(), answer)
     return outcome.status
 
 
-def _show(settings: InspectSettings, inspector: PoolInspector, console: Console) -> int:
-    as_json = settings.output == "json"
-    if settings.what == "integrity":
-        return _show_integrity(inspector, console, as_json=as_json)
-    if settings.what == "pool":
-        pool = inspector.get_pool()
-        _print_json([pool]) if as_json else draw_pool(console, pool)
-    elif settings.what == "sequences":
-        sequences = list(inspector.list_sequences())
-        _print_rows(console, sequences, _SEQUENCE_COLUMNS, as_json=as_json)
-    else:
-        assert settings.sequence_id is not None
-        found = inspector.get_sequence(settings.sequence_id)
-        if as_json:
-            _print_json([found])
+def _pool(settings: InspectPoolSettings) -> int:
+    return _answer(
+        settings, lambda inspector: inspector.get_pool(tenant=settings.tenant), tables.draw_pool
+    )
+
+
+def _sequences(settings: InspectSequencesSettings) -> int:
+    return _answer(
+        settings,
+        lambda inspector: list(
+            inspector.list_sequences(
+                request_id=settings.request, session_id=settings.session, tenant=settings.tenant
+            )
+        ),
+        tables.draw_sequences,
+    )
+
+
+def _sequence(settings: InspectSequenceSettings) -> int:
+    return _answer(
+        settings,
+        lambda inspector: inspector.get_sequence(settings.sequence_id, tenant=settings.tenant),
+        tables.draw_sequence,
+    )
+
+
+def _blocks(settings: InspectBlocksSettings) -> int:
+    return _answer(
+        settings,
+        lambda inspector: list(
+            inspector.list_blocks(
+                state=settings.state,
+                min_ref_count=settings.min_ref_count,
+                block_hash_prefix=settings.hash_prefix,
+                sequence_id=settings.sequence,
+                retained=settings.retained,
+                min_idle_seconds=settings.min_idle_s,
+                tenant=settings.tenant,
+            )
+        ),
+        tables.draw_blocks,
+    )
+
+
+def _block(settings: InspectBlockSettings) -> int:
+    return _answer(
+        settings,
+        lambda inspector: inspector.get_block(settings.block_id, tenant=settings.tenant),
+        tables.draw_block,
+    )
+
+
+def _tenants(settings: InspectTenantsSettings) -> int:
+    return _answer(
+        settings,
+        lambda inspector: inspector.list_tenants(tenant=settings.tenant),
+        tables.draw_tenants,
+    )
+
+
+def _retentions(settings: InspectRetentionsSettings) -> int:
+    return _answer(
+        settings,
+        lambda inspector: inspector.list_retentions(tenant=settings.tenant),
+        tables.draw_retentions,
+    )
+
+
+def _probe(settings: InspectProbeSettings) -> int:
+    token_ids = prompt_of(settings)
+    return _answer(
+        settings,
+        lambda inspector: inspector.probe_prefix(token_ids, tenant=settings.tenant),
+        lambda console, answer: tables.draw_probe(console, answer, len(token_ids)),
+    )
+
+
+def _explain(settings: InspectExplainSettings) -> int:
+    if (settings.sequence is None) == (settings.block is None):
+        message = "name what is asked about with --sequence or --block, one of them"
+        raise WrongUsage(message)
+    return _answer(
+        settings,
+        lambda inspector: inspector.explain(
+            sequence_id=settings.sequence or "", block_id=settings.block, tenant=settings.tenant
+        ),
+        tables.draw_explanations,
+    )
+
+
+def _integrity(settings: InspectIntegritySettings) -> int:
+    with (
+        reporting_memory_errors(settings) as outcome,
+        PoolInspector(address_of(settings), timeout_s=settings.timeout_s) as inspector,
+    ):
+        findings = inspector.check_integrity()
+        if settings.output == "json":
+            print(json.dumps({"findings": findings}))
         else:
-            _print_rows(console, [found.sequence], _SEQUENCE_COLUMNS, as_json=False)
-            _print_rows(console, list(found.block_table), _ENTRY_COLUMNS, as_json=False)
-    return 0
+            say(make_console(), "\n".join(findings) or "the pool's books agree")
+        outcome.status = 1 if findings else 0
+    return outcome.status
 
 
-def _show_integrity(inspector: PoolInspector, console: Console, *, as_json: bool) -> int:
-    findings = inspector.check_integrity()
-    if as_json:
-        console.print_json(data=findings)
-    else:
-        console.print("\n".join(findings) or "the pool's books agree", soft_wrap=True)
-    return 1 if findings else 0
-
-
-def _print_rows(
-    console: Console, messages: Sequence[Message], columns: Sequence[str], *, as_json: bool
-) -> None:
-    if as_json:
-        _print_json(messages)
-        return
-    table = Table(*(column.removeprefix("num_") for column in columns), box=None)
-    for message in messages:
-        table.add_row(*(_cell(getattr(message, column)) for column in columns))
-    console.print(table)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-
-def _print_json(messages: Sequence[Message]) -> None:
-    """One JSON document a line, as grpcurl's fields are named."""
-    for message in messages:
-        print(MessageToJson(message, indent=None))
+_SUBCOMMANDS: dict[str, Subcommand[Any]] = {
+    "pool": Subcommand(InspectPoolSettings, _pool),
+    "sequences": Subcommand(InspectSequencesSettings, _sequences),
+    "sequence": Subcommand(InspectSequenceSettings, _sequence, takes="ID"),
+    "blocks": Subcommand(InspectBlocksSettings, _blocks),
+    "block": Subcommand(InspectBlockSettings, _block, takes="N"),
+    "tenants": Subcommand(InspectTenantsSettings, _tenants),
+    "retentions": Subcommand(InspectRetentionsSettings, _retentions),
+    "probe": Subcommand(InspectProbeSettings, _probe),
+    "explain": Subcommand(InspectExplainSettings, _explain),
+    "integrity": Subcommand(InspectIntegritySettings, _integrity),
+    "watch": Subcommand(InspectWatchSettings, watch),
+}

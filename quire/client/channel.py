@@ -22,7 +22,9 @@ _SERVICE_CONFIG = {
                 "backoffMultiplier": 2,
                 "retryableStatusCodes": ["UNAVAILABLE"],
             },
-        }
+        },
+        # Whoever watches is to know at once that the service is away.
+        {"name": [{"service": "quire.memory.v1.InspectionService", "method": "Watch"}]},
     ],
 }
 OPTIONS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from typing import TYPE_CHECKING
@@ -78,8 +79,24 @@ def test_inspect_shows_what_was_asked_for(quire: Quire) -> None:
         (("generate",), 2, "error: quire generate: the following arguments are required: PROMPT"),
         (("generate", "x", "--top-k", "a"), 2, "--top-k: Input should be a valid integer"),
         (("generate", "x", "--router-address", "127.0.0.1:1"), 1, "nothing answers on 127.0.0.1:1"),
-        (("inspect", "sequence"), 2, "takes a sequence id"),
-        (("inspect", "pol"), 2, "'pool'"),
+        (("inspect", "sequence"), 2, "required: SEQUENCE-ID"),
+        (("inspect", "pol"), 2, "there is no 'pol'; did you mean 'pool'?"),
+        (("inspect",), 2, "the first word is one of pool, sequences, "),
+        (("inspect", "pool", "--state", "free"), 2, "unknown flag --state"),
+        (("inspect", "explain"), 2, "--sequence or --block"),
+        (("inspect", "probe", "--text", "x", "--tokens", "1"), 2, "use one"),
+        (("inspect", "probe", "--tokens", "1,x"), 2, "--tokens: "),
+        (
+            ("inspect", "pool", "--memory-address", "127.0.0.1:1"),
+            1,
+            "--memory-address names another",
+        ),
+        (("top", "--memory-address", "127.0.0.1:1"), 1, "nothing answers on 127.0.0.1:1"),
+        (("control", "quota", "red"), 2, "give --soft, --hard or both"),
+        (("control", "quota", "red", "--soft", "1", "--none"), 2, "give --soft, --hard or both"),
+        (("control", "flush"), 2, "--all"),
+        (("control", "retain", "--priority", "8", "--tokens", "1"), 2, "--priority: "),
+        (("control", "release"), 2, "required: RETENTION-ID"),
         (("frobnicate",), 2, "unknown command 'frobnicate'"),
     ],
 )
@@ -129,14 +146,36 @@ def sequences(quire: Quire) -> list[inspection_pb2.Sequence]:
 
 
 @pytest.mark.parametrize(
-    "command", ["up", "demo", "memory", "compute", "router", "generate", "inspect"]
+    "command",
+    [
+        "up",
+        "demo",
+        "memory",
+        "compute",
+        "router",
+        "generate",
+        "inspect blocks",
+        "inspect watch",
+        "top",
+        "control retain",
+    ],
 )
 def test_help_explains_every_flag(command: str) -> None:
-    """`--help` ends well and names the configuration file."""
-    ended = run(command, "--help")
+    """`--help` ends well, names the configuration file and says what a flag takes in words, not in Python's types."""
+    ended = run(*command.split(), "--help")
     assert ended.returncode == 0
+    assert not re.search(r"\b(str|int|float|tuple|None)\b", ended.stdout)
     assert "--config FILE" in ended.stdout
     assert "--log-level" in ended.stdout
+
+
+@pytest.mark.parametrize(("group", "word"), [("inspect", "explain"), ("control", "quota")])
+def test_help_of_a_group_lists_its_subcommands(group: str, word: str) -> None:
+    """One line each, within a terminal's width."""
+    ended = run(group, "--help")
+    assert ended.returncode == 0
+    assert f"\n  {word} " in ended.stdout
+    assert max(map(len, ended.stdout.splitlines())) <= 100
 
 
 def test_the_version_is_told() -> None:
