@@ -9,12 +9,13 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import structlog
 import torch
 
-from compute_service.clients import AttachedPool, PoolIdentity, attach_pool
+from compute_service.clients import AttachedPool, PoolClient, PoolIdentity
 from compute_service.device import ComputeDevice, open_device
 from compute_service.engine import Engine
 from compute_service.forward import ForwardPass
@@ -29,11 +30,13 @@ from quire import demo_model, logs
 from quire.descriptor import DescriptorRefusedError
 from quire.errors import QuireError
 from quire.metrics import MetricsEndpoint
+from quire.pool_trailer import WrongPoolBytesError
 from quire.serving import StartupError, end_with_parent
 from quire.settings import ComputeSettings
 from quire.settings_loader import load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import FrameType
 
 _DEMO = "demo"
@@ -55,7 +58,13 @@ def main() -> int:
         return _serve(settings)
     except _StoppedWhileLoading:
         return 0
-    except (StartupError, QuireError, ModelRefused, DescriptorRefusedError) as error:
+    except (
+        StartupError,
+        QuireError,
+        ModelRefused,
+        DescriptorRefusedError,
+        WrongPoolBytesError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -68,15 +77,19 @@ def _serve(settings: ComputeSettings) -> int:
     server.start()
     try:
         metrics.start(settings.metrics_listen)
-        engine, pool = _make_engine(settings, servicer, tally)
+        engine, pool, resume = _make_engine(settings, servicer, tally)
         _at_stop(lambda _number, _frame: engine.stop())
         server.set_serving(serving=True)
         _logger.info("serving", addresses=server.addresses, metrics=metrics.address)
-        watch = MemoryWatch(pool.descriptor.lifeline, engine.stop)
+        watch = MemoryWatch(pool, resume, engine.stop)
         engine.run()
-        if watch.is_gone:
+        if watch.why_gone is not None:
             # Whoever starts both again gets a new pool; to go on would be to write into one that nobody keeps books of.
-            _logger.warning("memory_service_gone", consequence="the pool is lost, this ends too")
+            _logger.warning(
+                "memory_service_gone",
+                reason=watch.why_gone,
+                consequence="the pool is lost, this ends too",
+            )
             return 1
         pool.close()
         return 0
@@ -87,9 +100,22 @@ def _serve(settings: ComputeSettings) -> int:
 
 def _make_engine(
     settings: ComputeSettings, servicer: ComputeServicer, tally: EngineTally
-) -> tuple[Engine, KvPool]:
-    started = time.monotonic()
+) -> tuple[Engine, KvPool, Callable[[], None]]:
+    """The engine, its pool, and what goes on with the pool after a restart of the memory service."""
     device = open_device(settings.device)
+    loaded = _load(settings, device, tally)
+    client = _pool_client(settings, loaded, device)
+    attached = _attach(client)
+    pool = open_pool(attached, loaded.layers, loaded.dtype, settings.block_size, device)
+    forward = ForwardPass(loaded.model, device.kernels, pool.caches)
+    engine = Engine(forward, device.kernels, pool.caches, settings.block_size, device.torch_device)
+    engine.warm_up()
+    servicer.serve(engine, loaded, attached)
+    return engine, pool, partial(_resume, client, attached, pool, settings.memory_patience_s)
+
+
+def _load(settings: ComputeSettings, device: ComputeDevice, tally: EngineTally) -> LoadedModel:
+    started = time.monotonic()
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     loaded = load_model(
@@ -101,28 +127,25 @@ def _make_engine(
     )
     tally.model_loaded(loaded, time.monotonic() - started)
     _logger.info("model_loaded", seconds=round(time.monotonic() - started, 1))
-    attached = _attach(settings, loaded, device)
-    pool = open_pool(attached, loaded.layers, loaded.dtype, settings.block_size, device)
-    forward = ForwardPass(loaded.model, device.kernels, pool.caches)
-    engine = Engine(forward, device.kernels, pool.caches, settings.block_size, device.torch_device)
-    engine.warm_up()
-    servicer.serve(engine, loaded, attached)
-    return engine, pool
+    return loaded
 
 
-def _attach(settings: ComputeSettings, loaded: LoadedModel, device: ComputeDevice) -> AttachedPool:
+def _pool_client(
+    settings: ComputeSettings, loaded: LoadedModel, device: ComputeDevice
+) -> PoolClient:
     identity = PoolIdentity(
         loaded.layers,
         str(loaded.dtype).removeprefix("torch."),
         settings.block_size,
         loaded.fingerprint,
     )
-    attached = attach_pool(
-        settings.memory_address,
-        identity,
-        loaded.max_model_len,
-        in_own_memory=device.holds_pool,
+    return PoolClient(
+        settings.memory_address, identity, loaded.max_model_len, in_own_memory=device.holds_pool
     )
+
+
+def _attach(client: PoolClient) -> AttachedPool:
+    attached = client.attach()
     _logger.info(
         "pool_attached",
         pool_id=attached.pool_id,
@@ -130,6 +153,15 @@ def _attach(settings: ComputeSettings, loaded: LoadedModel, device: ComputeDevic
         warm=attached.warm,
     )
     return attached
+
+
+def _resume(client: PoolClient, attached: AttachedPool, pool: KvPool, patience_s: float) -> None:
+    """Runs on the thread of the watch, while the engine runs on."""
+    logger = _logger.bind(pool_id=attached.pool_id, writer_generation=attached.writer_generation)
+    logger.warning("memory_lost", patience_s=patience_s)
+    started = time.monotonic()
+    client.resume(attached, pool.resume, patience_s)
+    logger.info("memory_resumed", seconds=round(time.monotonic() - started, 1))
 
 
 def _at_stop(handler: object) -> None:

@@ -1,4 +1,4 @@
-"""The compute service's call to the memory service: attaching the pool."""
+"""The compute service's calls to the memory service: attaching the pool, and staying attached."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING
 import grpc
 
 from protos.memory.v1 import pool_pb2, pool_pb2_grpc
+from quire.descriptor import DescriptorRefusedError
 from quire.errors import NotReady, QuireError, WriterAlive
 from quire.rpc_status import from_rpc_error
 from quire.serving import CHANNEL_OPTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from quire.pool_layout import LayerGeometry
 
 _ATTACH_TIMEOUT_S = 60.0
+_RESUME_TIMEOUT_S = 10.0
 _RETRY_WAIT_S = 0.2
 # How long a predecessor that was just killed, or a memory service that just starts, is waited for.
 _PATIENCE_S = 30.0
@@ -47,30 +49,86 @@ class PoolIdentity:
     model_fingerprint: str
 
 
-def attach_pool(
-    memory_address: str, identity: PoolIdentity, max_model_len: int, *, in_own_memory: bool
-) -> AttachedPool:
-    """Attach the pool of `identity`; waits for a memory service that starts and for a writer that dies.
+class PoolClient:
+    """Attaches one pool, and goes on with it after a restart of the memory service.
 
-    `in_own_memory`: its bytes will lie with this process, not with the memory service.
-
-    Raises:
-        QuireError: what the memory service refused, or NotReady when it did not answer.
+    Args:
+        memory_address: of the memory service.
+        identity: of the pool.
+        max_model_len: longest sequence that will be served, in tokens.
+        in_own_memory: the bytes will lie with this process, not with the memory service.
     """
-    request = _attach_request(identity, max_model_len, in_own_memory=in_own_memory)
-    deadline = time.monotonic() + _PATIENCE_S
-    with grpc.insecure_channel(memory_address, options=CHANNEL_OPTIONS) as channel:
-        stub = pool_pb2_grpc.PoolServiceStub(channel)
-        while True:
-            try:
-                return _attached(stub.AttachPool(request, timeout=_ATTACH_TIMEOUT_S))
-            except grpc.RpcError as error:
-                _wait_or_raise(error, deadline)
+
+    def __init__(
+        self,
+        memory_address: str,
+        identity: PoolIdentity,
+        max_model_len: int,
+        *,
+        in_own_memory: bool,
+    ) -> None:
+        self._address = memory_address
+        self._request = _attach_request(identity, max_model_len, in_own_memory=in_own_memory)
+
+    def attach(self) -> AttachedPool:
+        """Become the writer; waits for a memory service that starts and for a writer that dies.
+
+        Raises:
+            QuireError: what the memory service refused, or NotReady when it did not answer.
+        """
+        deadline = time.monotonic() + _PATIENCE_S
+        with self._channel() as channel:
+            stub = pool_pb2_grpc.PoolServiceStub(channel)
+            while True:
+                try:
+                    return _attached(stub.AttachPool(self._request, timeout=_ATTACH_TIMEOUT_S))
+                except grpc.RpcError as error:
+                    _wait_or_raise(error, deadline)
+
+    def resume(
+        self, attached: AttachedPool, take: Callable[[AttachedPool], None], patience_s: float
+    ) -> None:
+        """Stay the writer of `attached`; waits `patience_s` seconds for a memory service that starts again.
+
+        `take` is called with what it answered, and again after the next answer when it raises DescriptorRefusedError.
+
+        Raises:
+            QuireError: PoolMismatch when the pool is lost, or NotReady when it did not answer.
+            DescriptorRefusedError: what `take` raised last.
+        """
+        request = pool_pb2.AttachPoolRequest()
+        request.CopyFrom(self._request)
+        request.resumption.pool_id = attached.pool_id
+        request.resumption.writer_generation = attached.writer_generation
+        deadline = time.monotonic() + patience_s
+        with self._channel() as channel:
+            stub = pool_pb2_grpc.PoolServiceStub(channel)
+            while True:
+                try:
+                    take(_attached(stub.AttachPool(request, timeout=_RESUME_TIMEOUT_S)))
+                except grpc.RpcError as error:
+                    _wait_or_raise(error, deadline)
+                except DescriptorRefusedError:
+                    # It may have ended once more in between.
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(_RETRY_WAIT_S)
+                else:
+                    return
+
+    def _channel(self) -> grpc.Channel:
+        options = (
+            *CHANNEL_OPTIONS,
+            # A service that restarts is looked for again at once, not after gRPC's two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+        )
+        return grpc.insecure_channel(self._address, options=options)
 
 
 def _wait_or_raise(error: grpc.RpcError, deadline: float) -> None:
     cause: QuireError = from_rpc_error(error)
-    is_away = error.code() is grpc.StatusCode.UNAVAILABLE
+    is_away = error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
     if time.monotonic() < deadline and (is_away or isinstance(cause, WriterAlive)):
         time.sleep(_RETRY_WAIT_S)
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 
 from quire.descriptor import PoolDescriptor, fetch_descriptor
 from quire.pool_layout import pool_layout
+from quire.pool_trailer import verify_pool_descriptor
 from quire.serving import StartupError
 
 if TYPE_CHECKING:
@@ -32,6 +34,20 @@ class KvPool:
     caches: tuple[tuple[Tensor, Tensor], ...]
     """Keys `[num_blocks, block_size, num_kv_heads, k_head_dim]` and values with v_head_dim, a layer an entry."""
 
+    def resume(self, attached: AttachedPool) -> None:
+        """Stay the writer under a memory service that came back; it gets the descriptor when it has lost its own.
+
+        Raises:
+            DescriptorRefusedError: when it does not let us go on.
+        """
+        found = fetch_descriptor(
+            attached.descriptor_socket, attached.ticket, held=self.descriptor.fd
+        )
+        if found.fd is not None:
+            os.close(found.fd)  # of the file that we have: it made sure of that
+        self.descriptor.lifeline.close()
+        self.descriptor.lifeline = found.lifeline
+
     def close(self) -> None:
         """Give up the right to write; the bytes go with the process, or stay with the memory service."""
         self.descriptor.close()
@@ -48,12 +64,14 @@ def open_pool(
 
     Raises:
         DescriptorRefusedError: when the memory service does not let us in.
+        WrongPoolBytesError: when the descriptor is not of this pool.
         StartupError: when the device has too little memory.
     """
     descriptor = fetch_descriptor(attached.descriptor_socket, attached.ticket)
     if descriptor.fd is None:
         memory = _allocate(attached.size_bytes, device.torch_device)
     else:
+        verify_pool_descriptor(descriptor.fd, attached.size_bytes, attached.pool_id)
         mapped = mmap.mmap(descriptor.fd, attached.size_bytes, flags=mmap.MAP_SHARED)
         memory = torch.frombuffer(mapped, dtype=torch.uint8)
     layout = pool_layout(layers, dtype.itemsize, block_size, attached.num_blocks)

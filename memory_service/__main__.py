@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ _SERVICES = (
     "quire.memory.v1.InspectionService",
 )
 _SWEEP_INTERVAL_S = 0.5
+_SECRET_BYTES = 32
 
 _logger = structlog.get_logger()
 
@@ -54,6 +56,7 @@ async def _serve(settings: MemorySettings) -> None:
     serving.end_with_parent(settings.parent_pid)
     registry = PoolRegistry(
         settings.memory_budget,
+        secret=secrets.token_bytes(_SECRET_BYTES),
         state_dir=settings.state_dir,
         prefix_cache_enabled=settings.prefix_cache,
     )
@@ -111,6 +114,7 @@ async def _sweep(registry: PoolRegistry, sessions: Sessions, tally: StepTally) -
         await asyncio.sleep(_SWEEP_INTERVAL_S)
         for session_id in sessions.end_lapsed():
             _logger.warning("session_lapsed", session_id=session_id)
+        registry.drop_lost_pool()
         try:
             manager = registry.pool.manager
         except NoPool:

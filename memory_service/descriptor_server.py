@@ -1,4 +1,4 @@
-"""Hands the pool's descriptor over a Unix socket and watches the writer through it."""
+"""Hands the pool's descriptor over a Unix socket, takes back what a writer held, and watches the writer through it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from memory_service.writer_place import TicketRefused
+from memory_service.writer_process import process_at
 from quire.descriptor import MAX_LINE_BYTES, OK, peer_pidfd, peer_uid
 from quire.serving import UNIX_PREFIX, claim_unix_path, release_unix_path
 
@@ -73,38 +75,56 @@ class DescriptorServer:
         """Send the descriptor and wait for the end of the writer; or why not."""
         if peer_uid(connection) != os.geteuid():
             return "only processes of the memory service's own user get the descriptor"
-        loop = asyncio.get_running_loop()
         async with asyncio.timeout(_LINE_TIMEOUT_S):
-            line = await loop.sock_recv(connection, MAX_LINE_BYTES)
-        pool = self._registry.redeem(line.decode(errors="replace").strip())
-        if pool is None:
-            return "the ticket is unknown, used or too old"
-        writer = self._registry.writer
-        assert writer is not None
+            ticket, held = await _receive(connection)
+        try:
+            pool, writer = self._registry.redeem(ticket, process_at(connection), held)
+        except TicketRefused as refused:
+            return str(refused)
+        finally:
+            if held is not None:
+                os.close(held)
+        await self._accompany(connection, writer.generation, pool.fd)
+        return None
+
+    async def _accompany(self, connection: socket.socket, generation: int, fd: int | None) -> None:
+        """Let the writer of `generation` have `fd`, and return when it is dead."""
         pidfd = peer_pidfd(connection)
         try:
-            socket.send_fds(connection, [f"{OK}\n".encode()], [] if pool.fd is None else [pool.fd])
+            socket.send_fds(connection, [f"{OK}\n".encode()], [] if fd is None else [fd])
             with suppress(OSError):
-                while await loop.sock_recv(connection, MAX_LINE_BYTES):
+                while await asyncio.get_running_loop().sock_recv(connection, MAX_LINE_BYTES):
                     pass
             # A socket may end before its process does: nobody else is let in while that one may still write.
             await _until_dead(pidfd)
         finally:
             if pidfd is not None:
                 os.close(pidfd)
-            self._registry.writer_gone(writer.generation)
-            _logger.info("writer_gone", writer_generation=writer.generation)
-        return None
+            self._registry.writer_gone(generation)
+            _logger.info("writer_gone", writer_generation=generation)
+
+
+async def _receive(connection: socket.socket) -> tuple[str, int | None]:
+    """The line that the peer sends, and the descriptor that came with it."""
+    await _until_readable(connection.fileno())
+    line, descriptors, _, _ = socket.recv_fds(
+        connection, MAX_LINE_BYTES, 1, socket.MSG_CMSG_CLOEXEC
+    )
+    return line.decode(errors="replace").strip(), descriptors[0] if descriptors else None
 
 
 async def _until_dead(pidfd: int | None) -> None:
     """Return once the process of `pidfd` is dead; without one, after a grace time."""
     if pidfd is None:
         await asyncio.sleep(_GRACE_S)
-        return
-    loop, is_dead = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(pidfd, is_dead.set)
+    else:
+        await _until_readable(pidfd)
+
+
+async def _until_readable(fd: int) -> None:
+    loop, is_readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(fd, is_readable.set)
     try:
-        await is_dead.wait()
+        await is_readable.wait()
     finally:
-        loop.remove_reader(pidfd)
+        loop.remove_reader(fd)

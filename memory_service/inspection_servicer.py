@@ -66,8 +66,8 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
             num_sessions=len(self._sessions),
             writer_generation=str(writer.generation if writer else 0),
             writer_alive=writer is not None and writer.is_connected,
-            known_costs=_KNOWN_COSTS if found.fd is not None else (*_KNOWN_COSTS, _WRITERS_COST),
-            placement="writer" if found.fd is None else "shared_memory",
+            known_costs=(*_KNOWN_COSTS, _WRITERS_COST) if found.in_writers_memory else _KNOWN_COSTS,
+            placement="writer" if found.in_writers_memory else "shared_memory",
         )
 
     async def ListSequences(

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from memory_service.demand import StepAnswer
-    from memory_service.pool_registry import Pool, PoolRegistry
+    from memory_service.pool import Pool
+    from memory_service.pool_registry import PoolRegistry
     from memory_service.sessions import Sessions
 
 

@@ -1,67 +1,32 @@
-"""The pool, who may write to it, and the tickets for its descriptor."""
+"""The pool: its bytes, its books, and who may write to it."""
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
+
 from memory_service.block_hash import BlockHasher
 from memory_service.block_manager import BlockManager
+from memory_service.pool import Pool
 from memory_service.pool_bytes import create_pool_file
-from quire.errors import BudgetTooSmall, InvalidRequest, NoPool, WriterAlive
-from quire.pool_layout import (
-    ELEMENT_SIZES,
-    LayerGeometry,
-    block_bytes,
-    longest_sequence,
-    num_blocks_for,
-    num_blocks_needed,
-    pool_layout,
-)
+from memory_service.pool_identity import check_identity, num_blocks_within
+from memory_service.record import WriterAttached
+from memory_service.writer_place import TicketRefused, Writer, WriterPlace
+from quire.errors import NoPool, PoolMismatch
+from quire.pool_trailer import WrongPoolBytesError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-_TICKET_LIFE_S = 30.0
-_SECRET_BYTES = 32
-_MIB = 1 << 20
+    from memory_service.pool_identity import PoolIdentity
+    from memory_service.writer_process import WriterProcess
 
-
-@dataclass(frozen=True, slots=True)
-class PoolIdentity:
-    """Equal for writers that compute the same bytes for the same tokens."""
-
-    layers: tuple[LayerGeometry, ...]
-    dtype: str
-    block_size: int
-    tensor_parallel: tuple[int, int]  # rank, size
-    model_fingerprint: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """A pool that exists."""
-
-    pool_id: str
-    identity: PoolIdentity
-    fd: int | None  # None: the bytes lie with the writer, and end with it
-    size_bytes: int
-    block_bytes: int
-    manager: BlockManager
-
-
-@dataclass(slots=True)
-class Writer:
-    """The compute service that was let in last."""
-
-    generation: int
-    ticket: str
-    ticket_expires_at: float  # seconds of the monotonic clock
-    is_connected: bool = False  # it fetched the descriptor and keeps the socket open
+_logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,28 +40,51 @@ class Attachment:
 
 
 class PoolRegistry:
-    """One pool at a time. A writer of another identity gets another pool once the old writer is gone."""
+    """One pool at a time. A writer of another identity gets another pool once the old writer is gone.
+
+    Args:
+        budget_bytes: most that a pool may take.
+        secret: what keys of blocks are made with; a restarted service needs the same one.
+        state_dir: folder that outlives the service; None: nothing does.
+        prefix_cache_enabled: whether prefixes are cached.
+        clock: seconds, monotonic.
+    """
 
     def __init__(
         self,
         budget_bytes: int,
         *,
+        secret: bytes,
         state_dir: Path | None = None,
         prefix_cache_enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget_bytes = budget_bytes
+        self._secret = secret
         self._state_dir = state_dir
         self._prefix_cache_enabled = prefix_cache_enabled
-        self._clock = clock
-        self._secret = secrets.token_bytes(_SECRET_BYTES)
+        self._place = WriterPlace(clock)
         self._pool: Pool | None = None
-        self._writer: Writer | None = None
-        self._on_replaced: Callable[[], None] = lambda: None
+        self._on_replaced: list[Callable[[], None]] = []
+        self._on_created: list[Callable[[Pool], None]] = []
+        self._on_dropped: list[Callable[[Pool], None]] = []
+        self._on_writer_attached: list[Callable[[WriterAttached], None]] = []
 
     def when_replaced(self, callback: Callable[[], None]) -> None:
-        """Call `callback` before a pool gives way to one of another identity."""
-        self._on_replaced = callback
+        """Call `callback` before a pool gives way to another one or is dropped, while its books are there."""
+        self._on_replaced.append(callback)
+
+    def when_created(self, callback: Callable[[Pool], None]) -> None:
+        """Call `callback` with a new pool before anybody is told of it."""
+        self._on_created.append(callback)
+
+    def when_dropped(self, callback: Callable[[Pool], None]) -> None:
+        """Call `callback` with a pool that is over, after those of `when_replaced`."""
+        self._on_dropped.append(callback)
+
+    def when_writer_attached(self, callback: Callable[[WriterAttached], None]) -> None:
+        """Call `callback` when a writer is about to get the bytes, before it does."""
+        self._on_writer_attached.append(callback)
 
     @property
     def pool(self) -> Pool:
@@ -106,9 +94,92 @@ class PoolRegistry:
         return self._pool
 
     @property
+    def whole_pool(self) -> Pool:
+        """The pool, when its bytes are there; raises NoPool."""
+        if self.pool.is_missing_bytes:
+            message = "the pool's bytes are missing until the compute service hands them back"
+            raise NoPool(message, retry_after_s=1.0)
+        return self.pool
+
+    @property
     def writer(self) -> Writer | None:
         """The writer that was let in last."""
-        return self._writer
+        return self._place.writer
+
+    def new_manager(
+        self,
+        pool_id: str,
+        num_blocks: int,
+        block_size: int,
+        *,
+        prefix_cache_enabled: bool | None = None,
+    ) -> BlockManager:
+        """Books of a pool, in which nothing stands yet; None: prefixes are cached as the settings say."""
+        if prefix_cache_enabled is None:
+            prefix_cache_enabled = self._prefix_cache_enabled
+        return BlockManager(
+            num_blocks,
+            block_size,
+            BlockHasher(self._secret, pool_id.encode()),
+            prefix_cache_enabled=prefix_cache_enabled,
+        )
+
+    # After a restart
+
+    def restore(
+        self,
+        pool_id: str,
+        identity: PoolIdentity,
+        manager: BlockManager,
+        *,
+        in_writers_memory: bool,
+        writer: WriterAttached | None,
+    ) -> None:
+        """Put the pool of before a restart in place. `writer` held it last; None: nobody ever did."""
+        size_bytes = identity.size_bytes(manager.pool.num_blocks)
+        pool = Pool(pool_id, identity, manager, size_bytes, in_writers_memory)
+        self._find_bytes(pool)
+        self._pool = pool
+        if writer is not None:
+            self._place.restore(writer)
+
+    def _find_bytes(self, pool: Pool) -> None:
+        logger = _logger.bind(pool_id=pool.pool_id, size_bytes=pool.size_bytes)
+        try:
+            pool.find_bytes(self._state_dir)
+        except WrongPoolBytesError as reason:
+            logger.info("bytes_awaited", reason=str(reason))
+        else:
+            logger.info("bytes_found")
+
+    def drop_lost_pool(self) -> None:
+        """Give a pool up whose bytes nobody will bring back: the next writer gets a new one."""
+        pool = self._pool
+        if pool is None or not pool.is_missing_bytes or self._place.is_awaited():
+            return
+        _logger.warning(
+            "pool_lost", pool_id=pool.pool_id, reason="its bytes went with the compute service"
+        )
+        self._place.give_up()
+        self._drop()
+
+    def resume(self, identity: PoolIdentity, pool_id: str, writer_generation: int) -> Attachment:
+        """Let the writer of before a restart go on, with the generation that it has.
+
+        Raises:
+            PoolMismatch: when its pool is not there any more, or another writer was let in since.
+            WriterAlive: when it is connected already.
+        """
+        self.drop_lost_pool()
+        pool = self._pool
+        if pool is None or (pool.pool_id, pool.identity) != (pool_id, identity):
+            found = pool.pool_id if pool else "none"
+            message = f"pool {pool_id!r} is not there any more; there is {found}"
+            raise PoolMismatch(message, metadata={"pool_id": pool_id, "expected_pool_id": found})
+        writer = self._place.resume(writer_generation)
+        return Attachment(pool, writer_generation, writer.ticket, is_warm=True)
+
+    # Attach
 
     def attach(
         self, identity: PoolIdentity, max_model_len: int, *, in_writers_memory: bool = False
@@ -123,116 +194,82 @@ class PoolRegistry:
             BudgetTooSmall: when the budget cannot hold one longest sequence.
             StartupError: when the machine does not have the memory.
         """
-        _check_identity(identity, max_model_len)
-        self._check_writer()
+        check_identity(identity, max_model_len)
+        self.drop_lost_pool()
+        self._place.check_free()
+        num_blocks = num_blocks_within(self._budget_bytes, identity, max_model_len)
         pool = self._pool
-        is_warm = (
-            pool is not None
-            and pool.identity == identity
-            and pool.fd is not None
-            and not in_writers_memory
-        )
+        is_warm = not in_writers_memory and self._fits(pool, identity, num_blocks)
         if pool is None or not is_warm:
-            pool = self._replace(identity, max_model_len, in_writers_memory=in_writers_memory)
-        generation = self._writer.generation + 1 if self._writer else 1
-        ticket = secrets.token_urlsafe(24)
-        self._writer = Writer(generation, ticket, self._clock() + _TICKET_LIFE_S)
-        return Attachment(pool, generation, ticket, is_warm)
+            pool = self._replace(identity, num_blocks, in_writers_memory=in_writers_memory)
+        writer = self._place.let_in()
+        return Attachment(pool, writer.generation, writer.ticket, is_warm)
 
-    def _check_writer(self) -> None:
-        writer = self._writer
-        if writer is None:
-            return
-        may_still_fetch = bool(writer.ticket) and self._clock() < writer.ticket_expires_at
-        if writer.is_connected or may_still_fetch:
-            message = "another compute service writes to this pool; it is waited for until it ends"
-            raise WriterAlive(message, metadata={"writer_generation": writer.generation})
+    def _fits(self, pool: Pool | None, identity: PoolIdentity, num_blocks: int) -> bool:
+        """Whether `pool` is what a new one would be, bytes included; after a restart settings may be others."""
+        return (
+            pool is not None
+            and pool.fd is not None
+            and pool.identity == identity
+            and pool.manager.pool.num_blocks == num_blocks
+            and pool.manager.prefix_cache_enabled == self._prefix_cache_enabled
+        )
 
-    def _replace(
-        self, identity: PoolIdentity, max_model_len: int, *, in_writers_memory: bool
-    ) -> Pool:
-        num_blocks = self._num_blocks(identity, max_model_len)
-        if self._pool is not None:
-            self._on_replaced()
-            self.close()
-        element_size = ELEMENT_SIZES[identity.dtype]
-        size_bytes = pool_layout(
-            identity.layers, element_size, identity.block_size, num_blocks
-        ).size_bytes
+    def _replace(self, identity: PoolIdentity, num_blocks: int, *, in_writers_memory: bool) -> Pool:
+        self._drop()
         pool_id = secrets.token_hex(8)
-        hasher = BlockHasher(self._secret, pool_id.encode())
-        self._pool = Pool(
+        size_bytes = identity.size_bytes(num_blocks)
+        pool = Pool(
             pool_id,
             identity,
-            None if in_writers_memory else create_pool_file(size_bytes, self._state_dir),
+            self.new_manager(pool_id, num_blocks, identity.block_size),
             size_bytes,
-            block_bytes(identity.layers, element_size, identity.block_size),
-            BlockManager(
-                num_blocks,
-                identity.block_size,
-                hasher,
-                prefix_cache_enabled=self._prefix_cache_enabled,
-                clock=self._clock,
-            ),
+            in_writers_memory,
+            None if in_writers_memory else create_pool_file(size_bytes, self._state_dir, pool_id),
         )
-        return self._pool
-
-    def _num_blocks(self, identity: PoolIdentity, max_model_len: int) -> int:
-        element_size = ELEMENT_SIZES[identity.dtype]
-        geometry = (identity.layers, element_size, identity.block_size)
-        num_blocks = num_blocks_for(self._budget_bytes, *geometry)
-        num_needed = num_blocks_needed(max_model_len, identity.block_size)
-        if num_blocks < num_needed:
-            needed = pool_layout(*geometry, num_needed).size_bytes
-            possible = longest_sequence(num_blocks, identity.block_size)
-            message = (
-                f"a memory budget of {self._budget_bytes / _MIB:.1f} MiB cannot hold one sequence of "
-                f"{max_model_len} tokens: it takes {needed / _MIB:.1f} MiB (--memory-budget {needed}); "
-                f"this budget holds --max-model-len {possible}"
-            )
-            raise BudgetTooSmall(
-                message, metadata={"needed_bytes": needed, "budget_bytes": self._budget_bytes}
-            )
-        return num_blocks
-
-    def redeem(self, ticket: str) -> Pool | None:
-        """The pool for a ticket, once; None for one that is unknown, used or late."""
-        writer, pool = self._writer, self._pool
-        if writer is None or pool is None or not ticket:
-            return None
-        is_good = secrets.compare_digest(ticket, writer.ticket)
-        if not is_good or self._clock() > writer.ticket_expires_at:
-            return None
-        writer.ticket = ""
-        writer.is_connected = True
+        for callback in self._on_created:
+            callback(pool)
+        self._pool = pool
         return pool
+
+    def _drop(self) -> None:
+        pool = self._pool
+        if pool is None:
+            return
+        for end in self._on_replaced:
+            end()
+        self.close()
+        for callback in self._on_dropped:
+            callback(pool)
+
+    # Descriptor
+
+    def redeem(
+        self, ticket: str, process: WriterProcess, held: int | None = None
+    ) -> tuple[Pool, Writer]:
+        """Make the holder of `ticket` the writer, once; `held` is a descriptor that came with it, and stays the caller's.
+
+        Raises:
+            TicketRefused: when the ticket is unknown, used or late, or `held` is not what a writer that resumes holds.
+        """
+        writer, pool = self._place.redeem(ticket), self.pool
+        if writer.is_resuming:
+            try:
+                pool.take_back(held)
+            except WrongPoolBytesError as error:
+                raise TicketRefused(f"the descriptor is not the pool's: {error}") from error
+        if self._place.connect(writer, process):
+            attached = WriterAttached(writer.generation, process.pid, process.started_ticks)
+            for callback in self._on_writer_attached:
+                callback(attached)
+        return pool, writer
 
     def writer_gone(self, generation: int) -> None:
         """The socket of a writer ended."""
-        if self._writer is not None and self._writer.generation == generation:
-            self._writer.is_connected = False
+        self._place.gone(generation)
 
     def close(self) -> None:
-        """Let the bytes go."""
-        if self._pool is not None and self._pool.fd is not None:
-            os.close(self._pool.fd)
+        """Let the bytes go; those in the state folder stay there."""
+        if self._pool is not None:
+            self._pool.close()
         self._pool = None
-
-
-def _check_identity(identity: PoolIdentity, max_model_len: int) -> None:
-    size = identity.block_size
-    if identity.dtype not in ELEMENT_SIZES:
-        raise InvalidRequest(f"dtype {identity.dtype!r} is none of {', '.join(ELEMENT_SIZES)}")
-    if not 1 <= size <= 256 or size & (size - 1):  # noqa: PLR2004 -- the range that the contract names
-        raise InvalidRequest(f"block_size {size} is not a power of two from 1 to 256")
-    sizes = [
-        dimension
-        for layer in identity.layers
-        for dimension in (layer.num_kv_heads, layer.k_head_dim, layer.v_head_dim)
-    ]
-    if not sizes or min(sizes) < 1:
-        raise InvalidRequest(
-            "a pool needs at least one layer, with heads and dimensions above zero"
-        )
-    if max_model_len < 1:
-        raise InvalidRequest(f"max_model_len {max_model_len} is below 1")

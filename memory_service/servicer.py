@@ -9,7 +9,7 @@ import numpy as np
 import structlog
 
 from memory_service.demand import Admit, Fork, StepDemand
-from memory_service.pool_registry import PoolIdentity
+from memory_service.pool_identity import PoolIdentity
 from protos.common.v1 import block_pb2
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc, pool_pb2, pool_pb2_grpc
 from quire.errors import BrokenContract
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from memory_service import session
     from memory_service.demand import IntArray, StepAnswer
     from memory_service.metrics import StepTally
-    from memory_service.pool_registry import PoolRegistry
+    from memory_service.pool_registry import Attachment, PoolRegistry
     from memory_service.sessions import Sessions
 
 _INT32 = np.dtype("<i4")
@@ -43,15 +43,11 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
         request: pool_pb2.AttachPoolRequest,
         context: grpc.aio.ServicerContext[pool_pb2.AttachPoolRequest, pool_pb2.AttachPoolResponse],
     ) -> pool_pb2.AttachPoolResponse:
-        """Let a writer in."""
-        attachment = self._registry.attach(
-            _identity(request.identity),
-            request.max_model_len,
-            in_writers_memory=request.placement == pool_pb2.POOL_PLACEMENT_WRITER,
-        )
+        """Let a writer in, or let it go on."""
+        attachment, event = self._attach(request)
         pool = attachment.pool
         _logger.info(
-            "pool_attached" if attachment.is_warm else "pool_created",
+            event,
             pool_id=pool.pool_id,
             num_blocks=pool.manager.pool.num_blocks,
             size_bytes=pool.size_bytes,
@@ -66,6 +62,20 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
             warm=attachment.is_warm,
             size_bytes=pool.size_bytes,
         )
+
+    def _attach(self, request: pool_pb2.AttachPoolRequest) -> tuple[Attachment, str]:
+        """What the writer is told, and what the log says of it."""
+        identity = _identity(request.identity)
+        if request.HasField("resumption"):
+            before = request.resumption
+            resumed = self._registry.resume(identity, before.pool_id, before.writer_generation)
+            return resumed, "pool_resumed"
+        attachment = self._registry.attach(
+            identity,
+            request.max_model_len,
+            in_writers_memory=request.placement == pool_pb2.POOL_PLACEMENT_WRITER,
+        )
+        return attachment, "pool_attached" if attachment.is_warm else "pool_created"
 
 
 class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):

@@ -2,7 +2,8 @@
 
 Both sides speak this over a Unix stream socket: the caller sends its ticket and a newline; the answer is `OK` and a
 newline with the descriptor attached (SCM_RIGHTS; none when the pool's bytes lie with the caller), or one line that says
-why not. The caller then keeps the socket open: its end tells the memory service that the writer may be gone.
+why not. A caller that goes on after the memory service was restarted attaches the descriptor that it holds to its
+ticket. It then keeps the socket open: its end tells the memory service that the writer may be gone.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ class PoolDescriptor:
         self.lifeline.close()
 
 
-def fetch_descriptor(path: str, ticket: str, *, timeout_s: float = 10.0) -> PoolDescriptor:
+def fetch_descriptor(
+    path: str, ticket: str, *, held: int | None = None, timeout_s: float = 10.0
+) -> PoolDescriptor:
     """Trade `ticket` for the pool's descriptor at the descriptor socket `path`.
+
+    `held`: a descriptor of the same bytes, which goes with the ticket of a writer that resumes. It stays open.
 
     Raises:
         DescriptorRefusedError: the socket is not there or is another user's, or the ticket is unknown, used or late.
@@ -55,7 +60,7 @@ def fetch_descriptor(path: str, ticket: str, *, timeout_s: float = 10.0) -> Pool
         lifeline.settimeout(timeout_s)
         lifeline.connect(path)
         _check_owner(lifeline, path)
-        lifeline.sendall(ticket.encode() + b"\n")
+        socket.send_fds(lifeline, [ticket.encode() + b"\n"], [] if held is None else [held])
         fd = _receive(lifeline)
         lifeline.settimeout(None)
     except OSError as error:
@@ -73,6 +78,11 @@ def peer_uid(connection: socket.socket) -> int:
     return _peer_credentials(connection)[1]
 
 
+def peer_pid(connection: socket.socket) -> int:
+    """Id of that process; 0 when it is in a PID namespace that this one does not see."""
+    return _peer_credentials(connection)[0]
+
+
 def peer_pidfd(connection: socket.socket) -> int | None:
     """A descriptor that becomes readable when the process at the other end is dead; None where the kernel has none.
 
@@ -81,7 +91,7 @@ def peer_pidfd(connection: socket.socket) -> int | None:
     """
     with suppress(OSError):
         return connection.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
-    pid = _peer_credentials(connection)[0]
+    pid = peer_pid(connection)
     with suppress(OSError):
         return os.pidfd_open(pid) if pid else None
     return None

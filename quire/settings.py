@@ -77,7 +77,8 @@ class _PoolSettings(BaseSettings):
         description="size of the KV pool, e.g. 512MiB; on a GPU, of its memory",
     )
     state_dir: Path | None = Field(
-        None, description="folder on tmpfs for the pool's file; without it the pool leaves nothing"
+        None,
+        description="folder that outlives memory, best on tmpfs; without it the pool leaves nothing",
     )
     prefix_cache: bool = Field(True, description="keep full blocks of ended sequences for reuse")
 
@@ -101,6 +102,14 @@ class _ModelSettings(BaseSettings):
     num_threads: PositiveInt | None = Field(None, description="CPU threads; unset: all cores")
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the checkpoint"
+    )
+
+
+class _ResumptionSettings(BaseSettings):
+    """How the compute service outlives the memory service."""
+
+    memory_patience_s: PositiveFloat = Field(
+        30.0, description="seconds that compute goes on without memory until it ends too"
     )
 
 
@@ -158,7 +167,7 @@ class MemorySettings(_PoolSettings, ServiceSettings):
     max_num_rows: PositiveInt = Field(4096, description="rows that all sessions may hold together")
 
 
-class ComputeSettings(_ModelSettings, ServiceSettings):
+class ComputeSettings(_ModelSettings, _ResumptionSettings, ServiceSettings):
     """Run the compute service: it loads a model and runs the steps of one router."""
 
     listen: tuple[str, ...] = Field(
@@ -185,6 +194,7 @@ class RouterSettings(_SchedulingSettings, _TenantSettings, _CompatSettings, Serv
 
 class UpSettings(
     _ModelSettings,
+    _ResumptionSettings,
     _PoolSettings,
     _SchedulingSettings,
     _TenantSettings,

@@ -103,7 +103,8 @@ def _start(
             descriptor_socket=descriptor_socket,
             metrics_listen=addresses.get("memory_metrics", OFF),
         ),
-        may_restart=False,
+        # Without a state folder the pool is lost with it, which a restart would only hide.
+        may_restart=settings.state_dir is not None,
     )
     supervisor.start(
         "compute_service",

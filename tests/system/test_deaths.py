@@ -150,6 +150,7 @@ def test_memory_and_compute_may_be_replaced_under_a_router(tmp_path: Path) -> No
     memory_flags = ("--listen", memory, "--descriptor-socket", f"{tmp_path}/d")
     memory_flags += ("--shutdown-grace-s", "1")  # at the end the router still holds its session
     compute_flags = ("--listen", compute, "--memory-address", memory, "--dtype", "float32")
+    compute_flags += ("--memory-patience-s", "0.5")
     router_flags = ("--listen", router, "--memory-address", memory, "--compute-address", compute)
     with (
         running_service("router", *router_flags),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from array import array
@@ -30,6 +29,7 @@ from protos.memory.v1 import (
 )
 from quire.descriptor import DescriptorRefusedError, fetch_descriptor
 from quire.errors import QuireError
+from quire.pool_trailer import verify_pool_descriptor
 from quire.rpc_status import from_rpc_error
 
 if TYPE_CHECKING:
@@ -481,7 +481,7 @@ def test_a_ticket_opens_the_descriptor_once(tmp_path: Path) -> None:
         with pytest.raises(DescriptorRefusedError, match="unknown, used or too old"):
             fetch_descriptor(path, "guessed")
         found = fetch_descriptor(path, attached.ticket)
-        assert os.fstat(found.fd).st_size == attached.size_bytes
+        verify_pool_descriptor(found.fd, attached.size_bytes, attached.pool_id)
         with pytest.raises(DescriptorRefusedError, match="unknown, used or too old"):
             fetch_descriptor(path, attached.ticket)
         found.close()
