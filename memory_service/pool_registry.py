@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
 from memory_service.block_hash import BlockHasher
 from memory_service.block_manager import BlockManager
-from memory_service.pool import Pool
+from memory_service.pool import Attachment, Pool
 from memory_service.pool_bytes import create_pool_file
 from memory_service.pool_identity import check_identity, num_blocks_within
 from memory_service.record import WriterAttached
@@ -26,17 +25,10 @@ if TYPE_CHECKING:
     from memory_service.pool_identity import PoolIdentity
     from memory_service.writer_process import WriterProcess
 
+# A copy of a block over all layers is about as dear as running so many tokens beside others.
+_MIN_PARTIAL_TOKENS = 4
+
 _logger = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """What a writer is told."""
-
-    pool: Pool
-    writer_generation: int
-    ticket: str
-    is_warm: bool
 
 
 class PoolRegistry:
@@ -114,14 +106,16 @@ class PoolRegistry:
         *,
         prefix_cache_enabled: bool | None = None,
     ) -> BlockManager:
-        """Books of a pool, in which nothing stands yet; None: prefixes are cached as the settings say."""
-        if prefix_cache_enabled is None:
-            prefix_cache_enabled = self._prefix_cache_enabled
+        """Books of a pool, in which nothing stands yet; `prefix_cache_enabled` None: as the settings say."""
+        is_enabled = (
+            self._prefix_cache_enabled if prefix_cache_enabled is None else prefix_cache_enabled
+        )
         return BlockManager(
             num_blocks,
             block_size,
             BlockHasher(self._secret, pool_id.encode()),
-            prefix_cache_enabled=prefix_cache_enabled,
+            prefix_cache_enabled=is_enabled,
+            min_partial_tokens=_MIN_PARTIAL_TOKENS,
         )
 
     # After a restart
@@ -138,19 +132,10 @@ class PoolRegistry:
         """Put the pool of before a restart in place. `writer` held it last; None: nobody ever did."""
         size_bytes = identity.size_bytes(manager.pool.num_blocks)
         pool = Pool(pool_id, identity, manager, size_bytes, in_writers_memory)
-        self._find_bytes(pool)
+        pool.find_bytes(self._state_dir)
         self._pool = pool
         if writer is not None:
             self._place.restore(writer)
-
-    def _find_bytes(self, pool: Pool) -> None:
-        logger = _logger.bind(pool_id=pool.pool_id, size_bytes=pool.size_bytes)
-        try:
-            pool.find_bytes(self._state_dir)
-        except WrongPoolBytesError as reason:
-            logger.info("bytes_awaited", reason=str(reason))
-        else:
-            logger.info("bytes_found")
 
     def drop_lost_pool(self) -> None:
         """Give a pool up whose bytes nobody will bring back: the next writer gets a new one."""

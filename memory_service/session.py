@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quire.errors import BrokenContract, SessionFenced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 
 @dataclass(slots=True)
@@ -62,6 +62,17 @@ class SessionRegistry:
         session.generation = next(self._generations)
         session.lapses_at = None
         return session, is_new
+
+    def restore(self, sessions: Iterable[Session], last_key: int, last_generation: int) -> None:
+        """Take up the sessions of before a restart: their streams are gone, their leases run from now.
+
+        `last_key` and `last_generation` are the highest that were ever given.
+        """
+        for session in sessions:
+            self._sessions[session.session_id] = session
+            self.detach(session, session.generation)
+        self._keys = count(last_key + 1)
+        self._generations = count(last_generation + 1)
 
     def check_step(self, session: Session, generation: int, step: int) -> None:
         """Whether a step may be applied.

@@ -45,6 +45,24 @@ class Sessions:
     def _manager(self) -> BlockManager:
         return self._registry.pool.manager
 
+    def restore(self) -> None:
+        """Take up the sessions that the pool of before a restart has."""
+        ledger = self._manager.ledger
+        self._leases.restore(
+            [
+                Session(
+                    key,
+                    books.session_id,
+                    books.table.max_num_rows,
+                    books.generation,
+                    books.last_applied_step,
+                )
+                for key, books in ledger.sessions.items()
+            ],
+            ledger.last_session_key,
+            ledger.last_generation,
+        )
+
     def names(self) -> dict[int, str]:
         """Session ids by the key of their books."""
         return {found.key: found.session_id for found in self._leases}

@@ -40,6 +40,8 @@ BlockSize = Annotated[int, AfterValidator(_power_of_two)]
 MetadataKey = Annotated[str, AfterValidator(_metadata_key)]
 MetricsAddress = Annotated[str, BeforeValidator(_off_is_a_word)]
 DEFAULT_MEMORY_BUDGET = ByteSize(1 << 30)
+DEFAULT_LOG_COMPACT_SIZE = ByteSize(16 << 20)
+DEFAULT_LOG_HISTORY = ByteSize(64 << 20)
 DEFAULT_ROUTER_ADDRESS = "127.0.0.1:7071"
 
 
@@ -81,6 +83,14 @@ class _PoolSettings(BaseSettings):
         description="folder that outlives memory, best on tmpfs; without it the pool leaves nothing",
     )
     prefix_cache: bool = Field(True, description="keep full blocks of ended sequences for reuse")
+    log_compact_size: ByteSize = Field(
+        DEFAULT_LOG_COMPACT_SIZE,
+        description="with a state folder: size at which the log of changes is folded into a snapshot",
+    )
+    log_history: ByteSize = Field(
+        DEFAULT_LOG_HISTORY,
+        description="with a state folder: most bytes of older logs that are kept for quire replay",
+    )
 
 
 class _ModelSettings(BaseSettings):
