@@ -164,7 +164,7 @@ def _flow(pieces: Iterable[Text], width: int) -> list[Text]:
         if lines and len(lines[-1]) + len(_GAP) + len(piece) <= width:
             lines[-1].append(_GAP).append_text(piece)
         else:
-            lines.append(piece.copy())
+            lines.append(Text().append_text(piece))
     for line in lines:
         line.no_wrap = True
         line.truncate(width, overflow="ellipsis")
