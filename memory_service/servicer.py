@@ -10,6 +10,7 @@ import structlog
 
 from memory_service.demand import Admit, Fork, StepDemand
 from memory_service.pool_identity import PoolIdentity
+from memory_service.record import ReleaseReason
 from protos.common.v1 import block_pb2
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc, pool_pb2, pool_pb2_grpc
 from quire.errors import BrokenContract
@@ -167,6 +168,7 @@ def _demand(step: memory_pb2.AllocateStep) -> StepDemand:
         commit_num_computed_tokens=_ints(step.commit_num_computed_tokens),
         commit_token_ids=_unpack(step.commit_token_ids),
         releases=tuple(step.release_rows),
+        release_reasons=tuple(_release_reason(found) for found in step.release_reasons),
         forks=tuple(
             Fork(
                 found.src_row,
@@ -189,12 +191,19 @@ def _demand(step: memory_pb2.AllocateStep) -> StepDemand:
                 found.request_id,
                 _unpack(found.token_ids),
                 found.num_sequences,
+                found.tenant,
             )
             for found in step.admits
         ),
         admit_token_budget=step.admit_token_budget,
         watermark_blocks=step.watermark_blocks,
     )
+
+
+def _release_reason(reason: memory_pb2.ReleaseReason.ValueType) -> ReleaseReason:
+    """A reason that this version does not know was not said: it changes nothing but what Explain tells."""
+    is_known = reason in memory_pb2.ReleaseReason.values()
+    return ReleaseReason(reason) if is_known else ReleaseReason.UNSPECIFIED
 
 
 def _answer(answer: StepAnswer, generation: int) -> memory_pb2.AllocateAnswer:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
+from simulated_requests import next_token
 
 from memory_service import demand
 from memory_service.block_hash import BlockHasher
 from memory_service.block_manager import BlockManager
+from memory_service.record import ReleaseReason
 from router.step import Admission, MemoryAnswer, RefusalReason, StepFailure, StepResult
 
 if TYPE_CHECKING:
     from router.request import Sequence
+    from router.scheduler import Scheduler
     from router.step import Fork, StepBatch, StepPlan
 
 SESSION = 1
-VOCAB_SIZE = 97
+MAX_STEPS = 2000
 POISON = 96  # a step that runs this token fails
-
-
-def next_token(token_ids: tuple[int, ...], sample_index: int) -> int:
-    """What the simulated model samples: a pure function of everything before."""
-    return zlib.crc32(repr((token_ids, sample_index)).encode()) % (POISON - 1)
 
 
 def ints(values: list[int]) -> np.ndarray:
@@ -34,10 +31,23 @@ def ints(values: list[int]) -> np.ndarray:
 class SimulatedMemory:
     """The block manager behind the router's nouns."""
 
-    def __init__(self, num_blocks: int, block_size: int, num_rows: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, num_rows: int, min_partial_tokens: int = 0
+    ) -> None:
         self.num_rows = num_rows
-        self.manager = BlockManager(num_blocks, block_size, BlockHasher(b"secret", b"root"))
+        self.manager = BlockManager(
+            num_blocks,
+            block_size,
+            BlockHasher(b"secret", b"root"),
+            min_partial_tokens=min_partial_tokens,
+        )
         self.manager.open_session(SESSION, num_rows)
+
+    def set_hard_quota(self, tenant: str, num_blocks: int | None) -> None:
+        self.manager.sharing.set_quota(tenant, None, num_blocks)
+
+    def sequence_id(self, row: int) -> str:
+        return self.manager.table(SESSION)[row].sequence_id
 
     def held_rows(self) -> list[int]:
         return [row for row, _ in self.manager.table(SESSION).items()]
@@ -70,6 +80,7 @@ def _demand(plan: StepPlan) -> demand.StepDemand:
         commit_num_computed_tokens=ints([found.num_computed_tokens for found in plan.commits]),
         commit_token_ids=np.frombuffer(token_ids, dtype="<i4"),
         releases=tuple(found.row for found in plan.releases),
+        release_reasons=tuple(ReleaseReason(found.reason.value) for found in plan.releases),
         forks=tuple(_fork(found) for found in plan.forks),
         extend_rows=ints([work.sequence.row for work in plan.extends]),
         extend_starts=ints([work.start for work in plan.extends]),
@@ -95,6 +106,7 @@ def _admit(sequence: Sequence) -> demand.Admit:
         "",
         ints(sequence.token_ids.tolist()),
         sequence.num_sequences,
+        sequence.request.tenant,
     )
 
 
@@ -183,3 +195,33 @@ class SimulatedDevice:
                 self._tokens[found.sequence.row].append(token_id)
             seen.add(found.sequence.row)
         self._outputs.append((batch.step, token_ids))
+
+
+class SimulatedNode:
+    """A scheduler with memory and device under it."""
+
+    def __init__(self, scheduler: Scheduler, memory: SimulatedMemory) -> None:
+        self.scheduler = scheduler
+        self.memory = memory
+        self.device = SimulatedDevice(memory.manager.block_size)
+
+    def step(self) -> list[tuple[str, int, int]]:
+        """Run a step; (sequence, start, tokens) of its work."""
+        plan = self.scheduler.plan()
+        batch = self.scheduler.admit(plan, self.memory.allocate(plan))
+        if batch is None:
+            self.scheduler.skip(plan)
+            return []
+        work = [(found.sequence.sequence_id, found.start, found.num_tokens) for found in batch.work]
+        outcome = self.device.execute(batch)
+        assert not isinstance(outcome, StepFailure)
+        self.scheduler.apply(batch, outcome)
+        return work
+
+    def run(self) -> None:
+        """Run steps until nobody is left, which must happen."""
+        for _ in range(MAX_STEPS):
+            if not self.scheduler.has_work:
+                return
+            self.step()
+        raise AssertionError("somebody waits for ever")

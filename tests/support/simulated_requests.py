@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,9 @@ from router.text_output import OutputDelta, TextOutput
 
 if TYPE_CHECKING:
     from quire.errors import QuireError
+
+
+NUM_SAMPLED_TOKENS = 95  # all below POISON
 
 
 class SilentDecoder:
@@ -49,6 +53,7 @@ def make_request(
     max_tokens: int = 5,
     num_samples: int = 1,
     priority: int = 0,
+    tenant: str = "",
 ) -> Request:
     return Request(
         request_id=request_id,
@@ -62,4 +67,23 @@ def make_request(
         priority=priority,
         sink=CollectingSink(),
         new_output=lambda: TextOutput(SilentDecoder(), (), include_stop_string=False),
+        tenant=tenant,
     )
+
+
+def sink_of(request: Request) -> CollectingSink:
+    assert isinstance(request.sink, CollectingSink)
+    return request.sink
+
+
+def next_token(token_ids: tuple[int, ...], sample_index: int) -> int:
+    """What the simulated model samples: a pure function of everything before."""
+    return zlib.crc32(repr((token_ids, sample_index)).encode()) % NUM_SAMPLED_TOKENS
+
+
+def expected_tokens(request: Request, sample_index: int) -> list[int]:
+    """The output without any neighbour, batch or fault."""
+    token_ids = tuple(request.prompt_token_ids)
+    for _ in range(request.max_tokens):
+        token_ids += (next_token(token_ids, sample_index),)
+    return list(token_ids[len(request.prompt_token_ids) :])
