@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from memory_service.writer_process import WriterProcess
 
 # A copy of a block over all layers is about as dear as running so many tokens beside others.
-_MIN_PARTIAL_TOKENS = 4
 
 _logger = structlog.get_logger()
 
@@ -39,6 +38,7 @@ class PoolRegistry:
         secret: what keys of blocks are made with; a restarted service needs the same one.
         state_dir: folder that outlives the service; None: nothing does.
         prefix_cache_enabled: whether prefixes are cached.
+        min_partial_tokens: a partly matching block is copied when it saves so many tokens; 0: never.
         clock: seconds, monotonic.
     """
 
@@ -49,12 +49,14 @@ class PoolRegistry:
         secret: bytes,
         state_dir: Path | None = None,
         prefix_cache_enabled: bool = True,
+        min_partial_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget_bytes = budget_bytes
         self._secret = secret
         self._state_dir = state_dir
         self._prefix_cache_enabled = prefix_cache_enabled
+        self._min_partial_tokens = min_partial_tokens
         self._place = WriterPlace(clock)
         self._pool: Pool | None = None
         self._on_replaced: list[Callable[[], None]] = []
@@ -115,7 +117,7 @@ class PoolRegistry:
             block_size,
             BlockHasher(self._secret, pool_id.encode()),
             prefix_cache_enabled=is_enabled,
-            min_partial_tokens=_MIN_PARTIAL_TOKENS,
+            min_partial_tokens=self._min_partial_tokens,
         )
 
     # After a restart

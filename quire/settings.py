@@ -6,7 +6,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ByteSize,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic_settings import BaseSettings, CliPositionalArg, CliSuppress, SettingsConfigDict
 
 ENV_PREFIX = "QUIRE_"
@@ -83,6 +91,9 @@ class _PoolSettings(BaseSettings):
         description="folder that outlives memory, best on tmpfs; without it the pool leaves nothing",
     )
     prefix_cache: bool = Field(True, description="keep full blocks of ended sequences for reuse")
+    min_partial_tokens: NonNegativeInt = Field(
+        4, description="copy a partly matching block when that saves so many tokens; 0: never"
+    )
     log_compact_size: ByteSize = Field(
         DEFAULT_LOG_COMPACT_SIZE,
         description="with a state folder: size at which the log of changes is folded into a snapshot",

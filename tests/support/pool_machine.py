@@ -70,10 +70,8 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
-        self.manager = make_manager(min_partial_tokens=2, clock=lambda: self.now)
-        self.shadow = make_manager(opened=False)
-        Fold(self.shadow).apply(Record(1, 1000.0, SessionOpened(SESSION, "s", NUM_ROWS, 1)))
-        self.manager.on_record = Fold(self.shadow).apply
+        self.session_key = SESSION
+        self.begin()
         self.device: dict[int, tuple[int, ...]] = {}
         self.makers: dict[int, str] = {}  # slot -> tenant whose step stored it
         self.quotas: dict[str, tuple[int | None, int | None]] = {}
@@ -84,6 +82,17 @@ class PoolMachine(RuleBasedStateMachine):
         self.acknowledged = 0
         # Steps in flight: number, copies, and what each row stores.
         self.queue: list[tuple[int, list, list]] = []
+
+    def begin(self) -> None:
+        """Make the manager with a session, and its shadow."""
+        self.manager = make_manager(min_partial_tokens=2, clock=lambda: self.now)
+        self.shadow = make_manager(opened=False)
+        Fold(self.shadow).apply(Record(1, 1000.0, SessionOpened(SESSION, "s", NUM_ROWS, 1)))
+        self.manager.on_record = Fold(self.shadow).apply
+
+    def apply(self, demand: StepDemand) -> StepAnswer:
+        """One step of the session."""
+        return self.manager.apply(self.session_key, demand)
 
     def _device_runs(self) -> None:
         """Run the oldest step in flight: copies, stores, reads, in this order."""
@@ -161,8 +170,7 @@ class PoolMachine(RuleBasedStateMachine):
             tokens = data.draw(st.lists(st.integers(0, 1), min_size=length, max_size=length))
             tenant = data.draw(TENANTS)
             admits.append(Admit(row, 1, f"s{self.step}-{row}", "r", ints(tokens), tenant=tenant))
-        answer = self.manager.apply(
-            SESSION,
+        answer = self.apply(
             StepDemand(
                 step=self.step,
                 acknowledged_step=self.acknowledged,
@@ -248,7 +256,7 @@ class PoolMachine(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             outcome = sharing.retain_prefix(found.tenant, ints(found.tokens), priority, expires_at)
         else:
-            sequence_id = self.manager.table(SESSION)[row].sequence_id
+            sequence_id = self.manager.table(self.session_key)[row].sequence_id
             outcome = sharing.retain_sequence(found.tenant, sequence_id, priority, expires_at)
         if outcome.made_id:
             self.retained.append((found.tenant, outcome.made_id))
@@ -292,7 +300,7 @@ class PoolMachine(RuleBasedStateMachine):
     def books_agree(self) -> None:
         assert check_integrity(self.manager) == []
         for row, found in self.sequences.items():
-            assert self.manager.table(SESSION).block_table(row).tolist() == found.table
+            assert self.manager.table(self.session_key).block_table(row).tolist() == found.table
         for tenant, (_, hard) in self.quotas.items():
             held = self.manager.pool.tenants.get(tenant)
             assert hard is None or held is None or held.num_blocks <= hard
@@ -302,7 +310,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert export_state(self.shadow) == export_state(self.manager)
 
     def teardown(self) -> None:
-        self.manager.close_session(SESSION)
+        self.manager.close_session(self.session_key)
         assert check_integrity(self.manager) == []
         assert export_state(self.shadow) == export_state(self.manager)
         assert self.manager.pool.num_available == NUM_BLOCKS - 1
