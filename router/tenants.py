@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from quire.errors import Unauthenticated
 from quire.serving import StartupError
-from router.tenants_file import MAX_TENANT_CHARS, read_tenants
+from router.tenants_file import TENANT_NAME, is_tenant_name, read_tenants
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -91,9 +91,8 @@ class TenantsByGateway:
             # One of them may be the client's own.
             raise Unauthenticated(f"the call has {len(values)} entries of {self._key}")
         tenant = values[0] if values else NO_TENANT
-        if len(tenant) > MAX_TENANT_CHARS or not tenant.isprintable():
-            reason = f"has more than {MAX_TENANT_CHARS} characters, or some that cannot be printed"
-            raise Unauthenticated(f"the tenant in {self._key} {reason}")
+        if tenant and not is_tenant_name(tenant):
+            raise Unauthenticated(f"the tenant in {self._key} is none: it has {TENANT_NAME}")
         return tenant
 
 

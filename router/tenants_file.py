@@ -15,13 +15,19 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MAX_TENANT_CHARS = 128
+TENANT_NAME = f"1 to {MAX_TENANT_CHARS} printable ASCII characters and no space at either end"
 _DIGEST_CHARS = 64
 
 
+def is_tenant_name(name: str) -> bool:
+    """Whether call metadata can carry it as it is: the memory service is asked about a tenant by that."""
+    is_text = name.isascii() and name.isprintable() and name == name.strip()
+    return is_text and 1 <= len(name) <= MAX_TENANT_CHARS
+
+
 def _tenant(name: str) -> str:
-    if not 1 <= len(name) <= MAX_TENANT_CHARS or not name.isprintable():
-        message = f"a tenant's name has 1 to {MAX_TENANT_CHARS} characters that can be printed"
-        raise ValueError(message)
+    if not is_tenant_name(name):
+        raise ValueError(f"a tenant's name has {TENANT_NAME}")
     return name
 
 
