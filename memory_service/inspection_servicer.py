@@ -2,41 +2,62 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
+from memory_service.block_view import (
+    BlockFilter,
+    BlockState,
+    BlockView,
+    is_duration,
+    is_key_prefix,
+)
+from memory_service.call_tenant import NO_TENANT, tenant_of
+from memory_service.inspection_messages import (
+    block_message,
+    holder_message,
+    prefix_message,
+    retention_message,
+    sequence_message,
+    table_messages,
+    tenant_message,
+)
 from memory_service.integrity import check_integrity
+from memory_service.paging import decode_page_token, encode_page_token, page_size
+from memory_service.pool_messages import pool_message
+from memory_service.pool_view import PoolView
+from memory_service.request_checks import raise_if_any, token_array
 from protos.memory.v1 import inspection_pb2 as pb
 from protos.memory.v1 import inspection_pb2_grpc
-from quire.errors import FieldViolation, InvalidRequest, SequenceNotFound
+from quire.errors import BlockNotFound, FieldViolation, SequenceNotFound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import grpc
-    import numpy as np
 
-    from memory_service.block_manager import BlockManager
+    from memory_service.call_tenant import Call
     from memory_service.pool_registry import PoolRegistry
-    from memory_service.sequence_table import Sequence, SequenceTable
-    from memory_service.sessions import Sessions
+    from memory_service.state_store import StateStore
 
-_MIB = 1 << 20
-_DEFAULT_PAGE_SIZE = 100
-_MAX_PAGE_SIZE = 1000
-_KNOWN_COSTS = (
-    "One block table serves all layers, so layers with a sliding window keep blocks behind their window.",
-    "Latent attention (MLA) is stored with its keys and values materialised.",
-)
-_WRITERS_COST = "The bytes lie with the compute service: when it ends, every cached prefix is lost."
+_BEFORE_ALL_SEQUENCES = ("", "", -1)
+_BEFORE_ALL_BLOCKS = (-1,)
 
 
 class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
-    """Implements `quire.memory.v1.InspectionService`; changes nothing."""
+    """Implements `quire.memory.v1.InspectionService`; changes nothing.
 
-    def __init__(self, registry: PoolRegistry, sessions: Sessions) -> None:
+    Args:
+        registry: has the pool.
+        store: of the state folder; None: nothing outlives the service.
+    """
+
+    def __init__(self, registry: PoolRegistry, store: StateStore | None) -> None:
         self._registry = registry
-        self._sessions = sessions
+        self._store = store
+
+    def _view(self, call: Call) -> PoolView:
+        tenant = tenant_of(call)
+        return PoolView(self._registry.pool.manager, tenant)
 
     async def GetPool(
         self,
@@ -44,56 +65,37 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         context: grpc.aio.ServicerContext[pb.GetPoolRequest, pb.GetPoolResponse],
     ) -> pb.GetPoolResponse:
         """Count the blocks."""
-        found, writer = self._registry.pool, self._registry.writer
-        manager, pool = found.manager, found.manager.pool
-        used = (pool.ref_counts > 0) | (pool.pins > 0)
-        return pb.GetPoolResponse(
-            revision=str(manager.revision),
-            pool_id=found.pool_id,
-            block_size=manager.block_size,
-            num_blocks=pool.num_blocks,
-            num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_cached,
-            num_used_blocks=int(used.sum()),
-            num_shared_blocks=int((pool.ref_counts > 1).sum()),
-            num_pinned_blocks=int((pool.pins > 0).sum()),
-            size_mib=found.size_bytes / _MIB,
-            block_mib=found.block_bytes / _MIB,
-            num_sequences=manager.num_sequences,
-            num_prefix_query_tokens=str(manager.num_prefix_query_tokens),
-            num_prefix_hit_tokens=str(manager.num_prefix_hit_tokens),
-            num_evictions=str(pool.num_evictions),
-            num_sessions=len(self._sessions),
-            writer_generation=str(writer.generation if writer else 0),
-            writer_alive=writer is not None and writer.is_connected,
-            known_costs=(*_KNOWN_COSTS, _WRITERS_COST) if found.in_writers_memory else _KNOWN_COSTS,
-            placement="writer" if found.in_writers_memory else "shared_memory",
+        return pool_message(
+            self._view(context), self._registry.pool, self._registry.writer, self._store
         )
+
+    # Sequences
 
     async def ListSequences(
         self,
         request: pb.ListSequencesRequest,
         context: grpc.aio.ServicerContext[pb.ListSequencesRequest, pb.ListSequencesResponse],
     ) -> pb.ListSequencesResponse:
-        """Page through the live sequences; the token is the last id of the page before."""
-        if request.page_size < 0:
-            raise InvalidRequest.of([FieldViolation("page_size", "is below 0")])
-        size = min(request.page_size or _DEFAULT_PAGE_SIZE, _MAX_PAGE_SIZE)
-        after = _decode_page_token(request.page_token)
-        manager = self._registry.pool.manager
-        found = sorted(self._all(manager), key=lambda message: message.sequence_id)
-        rest = [message for message in found if message.sequence_id > after]
-        return pb.ListSequencesResponse(
-            revision=str(manager.revision),
-            sequences=rest[:size],
-            next_page_token=_PAGE_PREFIX + rest[size - 1].sequence_id if len(rest) > size else "",
+        """Page through the live sequences."""
+        size = page_size(request.page_size)
+        after = decode_page_token(request.page_token, _BEFORE_ALL_SEQUENCES)
+        view = self._view(context)
+        rest = sorted(
+            (
+                live
+                for live in view.sequences()
+                if live.key > after
+                and request.request_id in {"", live.known.request_id}
+                and request.session_id in {"", live.books.session_id}
+            ),
+            key=lambda live: live.key,
         )
-
-    def _all(self, manager: BlockManager) -> Iterator[pb.Sequence]:
-        names = self._sessions.names()
-        for session_key, books in manager.sessions:
-            for row, found in books.table.items():
-                yield _sequence(names[session_key], row, found, books.table)
+        now = view.manager.clock()
+        return pb.ListSequencesResponse(
+            revision=str(view.manager.revision),
+            sequences=[sequence_message(live, now) for live in rest[:size]],
+            next_page_token=encode_page_token(rest[size - 1].key) if len(rest) > size else "",
+        )
 
     async def GetSequence(
         self,
@@ -101,19 +103,113 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         context: grpc.aio.ServicerContext[pb.GetSequenceRequest, pb.GetSequenceResponse],
     ) -> pb.GetSequenceResponse:
         """Show one block table."""
-        manager, names = self._registry.pool.manager, self._sessions.names()
-        for session_key, books in manager.sessions:
-            for row, found in books.table.items():
-                if found.sequence_id == request.sequence_id:
-                    return pb.GetSequenceResponse(
-                        revision=str(manager.revision),
-                        sequence=_sequence(names[session_key], row, found, books.table),
-                        block_table=_entries(manager, books.table.block_table(row)),
-                    )
-        message = (
-            f"no sequence has the id {request.sequence_id!r}; ListSequences shows those that live"
+        view = self._view(context)
+        found = view.named(request.sequence_id)
+        if not found:
+            message = (
+                f"no sequence has the id {request.sequence_id!r}; "
+                "ListSequences shows those that live"
+            )
+            raise SequenceNotFound(message, metadata={"sequence_id": request.sequence_id})
+        manager = view.manager
+        return pb.GetSequenceResponse(
+            revision=str(manager.revision),
+            sequence=sequence_message(found[0], manager.clock()),
+            block_table=table_messages(manager, found[0]),
         )
-        raise SequenceNotFound(message, metadata={"sequence_id": request.sequence_id})
+
+    # Blocks
+
+    async def ListBlocks(
+        self,
+        request: pb.ListBlocksRequest,
+        context: grpc.aio.ServicerContext[pb.ListBlocksRequest, pb.ListBlocksResponse],
+    ) -> pb.ListBlocksResponse:
+        """Page through the blocks that pass all filters."""
+        raise_if_any(_filter_violations(request))
+        size = page_size(request.page_size)
+        (after,) = decode_page_token(request.page_token, _BEFORE_ALL_BLOCKS)
+        view = self._view(context)
+        blocks = BlockView(view)
+        matches = blocks.matches(_filter(request))
+        begin = int(matches.searchsorted(after, side="right"))
+        page = matches[begin : begin + size].tolist()
+        is_last = begin + size >= len(matches)
+        return pb.ListBlocksResponse(
+            revision=str(view.manager.revision),
+            blocks=[block_message(blocks.block(block_id)) for block_id in page],
+            next_page_token="" if is_last else encode_page_token((page[-1],)),
+            num_matches=len(matches),
+        )
+
+    async def GetBlock(
+        self,
+        request: pb.GetBlockRequest,
+        context: grpc.aio.ServicerContext[pb.GetBlockRequest, pb.GetBlockResponse],
+    ) -> pb.GetBlockResponse:
+        """Show one block and who holds it."""
+        view = self._view(context)
+        blocks, block_id = BlockView(view), request.block_id
+        if not blocks.is_shown(block_id):
+            message = f"there is no block {block_id}; ListBlocks shows those that there are"
+            raise BlockNotFound(message, metadata={"block_id": block_id})
+        return pb.GetBlockResponse(
+            revision=str(view.manager.revision),
+            block=block_message(blocks.block(block_id)),
+            holders=[holder_message(found) for found in blocks.holders(block_id)],
+        )
+
+    # Tenants
+
+    async def ListTenants(
+        self,
+        request: pb.ListTenantsRequest,
+        context: grpc.aio.ServicerContext[pb.ListTenantsRequest, pb.ListTenantsResponse],
+    ) -> pb.ListTenantsResponse:
+        """Show each tenant's share."""
+        view = self._view(context)
+        return pb.ListTenantsResponse(
+            revision=str(view.manager.revision),
+            tenants=[tenant_message(found) for found in view.tenants()],
+        )
+
+    async def ListRetentions(
+        self,
+        request: pb.ListRetentionsRequest,
+        context: grpc.aio.ServicerContext[pb.ListRetentionsRequest, pb.ListRetentionsResponse],
+    ) -> pb.ListRetentionsResponse:
+        """Show what is kept longer, and what all share."""
+        view = self._view(context)
+        manager = view.manager
+        published = sorted(manager.ledger.retentions.published.items())
+        return pb.ListRetentionsResponse(
+            revision=str(manager.revision),
+            retentions=[retention_message(found) for found in view.retentions()],
+            published_prefixes=[prefix_message(manager, *found) for found in published],
+        )
+
+    async def ProbePrefix(
+        self,
+        request: pb.ProbePrefixRequest,
+        context: grpc.aio.ServicerContext[pb.ProbePrefixRequest, pb.ProbePrefixResponse],
+    ) -> pb.ProbePrefixResponse:
+        """Say what an admission would hit."""
+        tenant = tenant_of(context) or NO_TENANT
+        manager = self._registry.whole_pool.manager
+        token_ids = token_array("token_ids", request.token_ids, manager)
+        hit, size = manager.probe(token_ids, tenant), manager.block_size
+        num_in_progress = 0
+        for key in hit.missing_keys:
+            if not manager.pool.index.is_in_progress(key):
+                break
+            num_in_progress += size
+        return pb.ProbePrefixResponse(
+            revision=str(manager.revision),
+            num_cached_tokens=hit.num_tokens(size),
+            num_shared_tokens=len(hit.block_ids) * size,
+            num_needed_blocks=-(-len(token_ids) // size) - len(hit.block_ids),
+            num_in_progress_tokens=num_in_progress,
+        )
 
     async def CheckIntegrity(
         self,
@@ -127,39 +223,23 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         )
 
 
-_PAGE_PREFIX = "after:"
+def _filter_violations(request: pb.ListBlocksRequest) -> Iterator[FieldViolation]:
+    if request.state not in pb.BlockState.values():
+        yield FieldViolation("state", "is no state of a block")
+    if request.min_ref_count < 0:
+        yield FieldViolation("min_ref_count", "is below 0")
+    if not is_key_prefix(request.block_hash_prefix.lower()):
+        yield FieldViolation("block_hash_prefix", "is not up to 32 hexadecimal digits")
+    if not is_duration(request.min_idle_seconds):
+        yield FieldViolation("min_idle_seconds", "is not a finite number from 0 on")
 
 
-def _decode_page_token(token: str) -> str:
-    if token and not token.startswith(_PAGE_PREFIX):
-        raise InvalidRequest.of([FieldViolation("page_token", "is none that this service gave")])
-    return token.removeprefix(_PAGE_PREFIX)
-
-
-def _sequence(session_id: str, row: int, found: Sequence, table: SequenceTable) -> pb.Sequence:
-    return pb.Sequence(
-        sequence_id=found.sequence_id,
-        request_id=found.request_id,
-        session_id=session_id,
-        row=row,
-        incarnation=found.incarnation,
-        num_computed_tokens=int(table.num_computed[row]),
-        num_cached_tokens=found.num_cached_tokens,
-        num_blocks=int(table.num_blocks[row]),
-        age_seconds=time.monotonic() - found.admitted_at,
+def _filter(request: pb.ListBlocksRequest) -> BlockFilter:
+    return BlockFilter(
+        BlockState(request.state) if request.state else None,
+        request.min_ref_count,
+        request.block_hash_prefix.lower(),
+        request.sequence_id,
+        request.retained,
+        request.min_idle_seconds,
     )
-
-
-def _entries(
-    manager: BlockManager, block_table: np.ndarray[tuple[int], np.dtype[np.int32]]
-) -> list[pb.TableEntry]:
-    pool = manager.pool
-    return [
-        pb.TableEntry(
-            block_id=block_id,
-            ref_count=int(pool.ref_counts[block_id]),
-            sealed=bool(pool.sealed[block_id]),
-            block_hash=(pool.index.key_of(block_id) or b"").hex(),
-        )
-        for block_id in block_table.tolist()
-    ]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from memory_service.pool import Pool
     from memory_service.pool_registry import PoolRegistry
     from memory_service.sessions import Sessions
+    from memory_service.state_store import StateStore
 
 
 class StepTally:
@@ -44,19 +45,22 @@ class StepTally:
 
 
 def memory_metrics(
-    registry: PoolRegistry, sessions: Sessions, tally: StepTally
+    registry: PoolRegistry, sessions: Sessions, tally: StepTally, store: StateStore | None
 ) -> Iterator[Metric]:
     """Every family, as of now; those of the pool once there is one."""
     writer = registry.writer
     is_alive = writer is not None and writer.is_connected
     yield gauge("quire_writer_alive", "1 while a compute service is attached.", is_alive)
     yield gauge("quire_num_sessions", "Live sessions.", len(sessions))
+    num_log_bytes = store.num_log_bytes if store else 0
+    yield gauge("quire_log_bytes", "Log since its last snapshot; 0 without one.", num_log_bytes)
     yield from _answers(tally)
     try:
         pool = registry.pool
     except NoPool:
         return
     yield from _blocks(pool)
+    yield from _tenants(pool)
     yield from _prefix_cache(pool)
 
 
@@ -106,8 +110,16 @@ def _blocks(found: Pool) -> Iterator[Metric]:
     )
 
 
+def _tenants(found: Pool) -> Iterator[Metric]:
+    pool = found.manager.pool
+    yield gauge("quire_num_tenants", "Tenants that hold blocks or have a quota.", len(pool.tenants))
+    yield gauge(
+        "quire_pool_num_retained_blocks", "Blocks that a retention protects.", pool.num_retained
+    )
+
+
 def _prefix_cache(found: Pool) -> Iterator[Metric]:
-    manager = found.manager
+    manager, counters = found.manager, found.manager.ledger.counters
     yield counter(
         "quire_prefix_query_tokens",
         "Tokens of all admissions, those after a preemption too.",
@@ -117,6 +129,16 @@ def _prefix_cache(found: Pool) -> Iterator[Metric]:
         "quire_prefix_hit_tokens",
         "Those of them that were found in the prefix cache.",
         manager.num_prefix_hit_tokens,
+    )
+    yield counter(
+        "quire_prefix_partial_hit_tokens",
+        "Those of them that came with a copy of a partly matching block.",
+        counters.num_partial_hit_tokens,
+    )
+    yield counter(
+        "quire_num_deduplicated_blocks",
+        "Blocks freed because another one with the same content was there.",
+        counters.num_deduplicated_blocks,
     )
     yield counter(
         "quire_num_evictions", "Cached blocks given to others.", manager.pool.num_evictions

@@ -91,7 +91,10 @@ class PrefixLookup:
         if missing and self._ledger.pool.index.is_in_progress(missing[0]):
             return PrefixHit(block_ids, missing)
         parent = keys[len(block_ids) - 1] if block_ids else self._ledger.hasher.root
-        rest = token_ids[len(block_ids) * self._ledger.block_size : -1]
+        # Never all of a block: one that was sealed under another salt, before its prefix was published or withdrawn, has
+        # the same tokens, and a copy of all of them would be a full block that nobody seals.
+        begin, size = len(block_ids) * self._ledger.block_size, self._ledger.block_size
+        rest = token_ids[begin : min(begin + size, len(token_ids)) - 1]
         return PrefixHit(block_ids, missing, *self._partial(parent, rest, salt))
 
     def _partial(self, parent: BlockHash, rest: IntArray, salt: bytes) -> tuple[int, int]:
