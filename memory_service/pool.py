@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import structlog
+
 from memory_service.pool_bytes import reopen_pool_file
 from quire.pool_trailer import WrongPoolBytesError, verify_pool_descriptor
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
     from memory_service.block_manager import BlockManager
     from memory_service.pool_identity import PoolIdentity
+
+_logger = structlog.get_logger()
 
 
 @dataclass(slots=True)
@@ -38,12 +42,17 @@ class Pool:
         return self.identity.block_bytes
 
     def find_bytes(self, state_dir: Path | None) -> None:
-        """Open the file that was left in `state_dir`; raises WrongPoolBytesError when they have to be brought."""
-        self.is_missing_bytes = True
-        if self.in_writers_memory or state_dir is None:
-            raise WrongPoolBytesError("they lie with the compute service")
-        self.fd = reopen_pool_file(self.size_bytes, state_dir, self.pool_id)
-        self.is_missing_bytes = False
+        """Open the file that an earlier service left in `state_dir`; otherwise the writer has to bring the bytes."""
+        logger = _logger.bind(pool_id=self.pool_id, size_bytes=self.size_bytes)
+        try:
+            if self.in_writers_memory or state_dir is None:
+                raise WrongPoolBytesError("they lie with the compute service")
+            self.fd = reopen_pool_file(self.size_bytes, state_dir, self.pool_id)
+        except WrongPoolBytesError as reason:
+            self.is_missing_bytes = True
+            logger.info("bytes_awaited", reason=str(reason))
+        else:
+            logger.info("bytes_found")
 
     def take_back(self, held: int | None) -> None:
         """Verify what a writer that resumes holds, and keep a descriptor of it when we have none.
@@ -69,3 +78,13 @@ class Pool:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """What a writer is told."""
+
+    pool: Pool
+    writer_generation: int
+    ticket: str
+    is_warm: bool

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from memory_service import session
     from memory_service.demand import IntArray, StepAnswer
     from memory_service.metrics import StepTally
-    from memory_service.pool_registry import Attachment, PoolRegistry
+    from memory_service.pool import Attachment
+    from memory_service.pool_registry import PoolRegistry
     from memory_service.sessions import Sessions
 
 _INT32 = np.dtype("<i4")

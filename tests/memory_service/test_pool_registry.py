@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from memory_service.pool_registry import Attachment, PoolRegistry
+    from memory_service.pool import Attachment
+    from memory_service.pool_registry import PoolRegistry
 
 UNSEEN = WriterAttached(1, 0, 0)
 GRACE_S = 10.0
