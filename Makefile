@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Most tests wait for a service that starts, on one core: two at a time. Whoever has run out of tests takes of the other's.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 STAMP := $(VENV)/.stamp
 NODE_STAMP := node_modules/.stamp
 # Compiled kernels are kept between runs and shared among test processes.
@@ -63,13 +65,13 @@ demo: $(STAMP) ## three services, the demo model, a look at the pool
 	@$(BIN)/quire demo
 
 test: $(STAMP) $(NODE_STAMP) ## the whole test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(STAMP) $(NODE_STAMP) ## the suite without the token parity of every architecture
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-long: $(STAMP) $(NODE_STAMP) ## the property tests with twenty times the examples
-	QUIRE_TEST_EXAMPLES=3000 $(BIN)/python -m pytest -m "not slow" --timeout 1800 tests/memory_service tests/router
+	QUIRE_TEST_EXAMPLES=3000 $(PYTEST) -m "not slow" --timeout 1800 tests/memory_service tests/router
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) node_modules .cache build *.egg-info

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
+
+# Before torch is there, for this process and those it starts: an OpenMP thread that waits burns its core otherwise, and
+# cores are few; a service would compile its own sources anew at each start.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 from mixed_load import Evidence, run_mixed_load
 from processes import Quire, running_quire
+from tiny_checkpoints import make_checkpoint
 
 from quire import demo_model
 
@@ -20,6 +27,16 @@ FLAGS = ("--memory-budget", "4MiB", "--max-model-len", "1024", "--log-level", "w
 def quire() -> Iterator[Quire]:
     """The three services with the demo model, for tests that leave them as they were."""
     with running_quire(demo_model.path(), *FLAGS) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def tiny_quire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quire]:
+    """The three services with a tiny Llama in float32 that has no tokenizer, in a pool with room for all."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("tiny") / "model", "llama")
+    (folder / "tokenizer.json").unlink()
+    flags = ("--dtype", "float32", "--memory-budget", "8MiB", "--log-level", "error")
+    with running_quire(folder, *flags) as found:
         yield found
 
 

@@ -6,11 +6,9 @@ folder), ports by free ones at a fixed distance, names of Services by the Pods t
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ports import claim_ports
 from soundness import ports_of
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class LocalPods:
         self._folder = folder
         self._shared = shared
         numbers = {port["containerPort"] for pod in rendering.pods for port in ports_of(pod)}
-        self._distance = _free_distance(numbers)
+        self._distance = claim_ports(range(8_000, 16_000, 97), numbers)
 
     @contextmanager
     def running(self, *names: str) -> Iterator[None]:
@@ -189,13 +188,3 @@ def _seconds_to_stop(container: Container) -> int:
     """What is left of the Pod's grace period after the sleep of preStop."""
     sleep = container.spec.get("lifecycle", {}).get("preStop", {"sleep": {"seconds": 0}})["sleep"]
     return int(container.pod["spec"]["terminationGracePeriodSeconds"] - sleep["seconds"])
-
-
-def _free_distance(numbers: set[int]) -> int:
-    """A distance at which every port is free now."""
-    for distance in range(10_000 + os.getpid() % 5_000, 50_000, 97):
-        with ExitStack() as held, suppress(OSError):
-            for number in numbers:
-                held.enter_context(socket.create_server(("127.0.0.1", number + distance)))
-            return distance
-    raise AssertionError("no free ports")

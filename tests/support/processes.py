@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -16,6 +15,7 @@ import grpc
 import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from ports import claim_ports
 
 from protos.memory.v1 import inspection_pb2, inspection_pb2_grpc
 from protos.router.v1 import router_pb2_grpc
@@ -54,14 +54,7 @@ def assert_pool_is_idle(quire: Quire) -> None:
 
 def free_port() -> int:
     """A free port; those 10 to 12 above it, which `quire up` takes for metrics, are free too."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        with suppress(OSError, OverflowError), ExitStack() as held:
-            for offset in (0, 10, 11, 12):
-                held.enter_context(socket.create_server(("127.0.0.1", port + offset)))
-            return port
+    return claim_ports(range(24_000, 32_000, 16), (0, 10, 11, 12))
 
 
 @contextmanager
@@ -72,7 +65,8 @@ def running_quire(model: Path, *flags: str, log: Path | None = None) -> Iterator
 
 
 def _running_quire(model: Path, flags: tuple[str, ...], stderr: TextIO | None) -> Iterator[Quire]:
-    command = [QUIRE, "up", "--model", str(model), "--listen", "127.0.0.1:0", *flags]
+    listen = ("--listen", f"127.0.0.1:{free_port()}")
+    command = [QUIRE, "up", "--model", str(model), *listen, *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert process.stdout is not None
     try:
@@ -113,7 +107,7 @@ def running_service(name: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
 
 
 def wait_until_serving(channel: grpc.Channel, seconds: float = 60) -> None:

@@ -58,12 +58,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint: Path) -> list[list[list[int]]]:
+def alone(tiny_quire: Quire) -> list[list[list[int]]]:
     """Each request by itself, in a pool with room for all and prompts that run whole."""
-    with running_quire(checkpoint, "--dtype", "float32", "--memory-budget", "8MiB") as quire:
-        found = [sample(quire, index) for index in range(len(SETTINGS))]
-        assert sample_together(quire) == found
-        return found
+    found = [sample(tiny_quire, index) for index in range(len(SETTINGS))]
+    assert sample_together(tiny_quire) == found
+    return found
 
 
 @pytest.mark.parametrize("budget", [16, 41])

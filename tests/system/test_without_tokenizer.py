@@ -6,29 +6,18 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
-from processes import Quire, running_quire
-from tiny_checkpoints import make_checkpoint
 
 from protos.router.v1 import router_pb2 as pb
 from quire.client import Client, QuireError
 from quire.rpc_status import from_rpc_error
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from processes import Quire
 
 
-@pytest.fixture(scope="module")
-def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quire]:
-    """Services with a model that has no tokenizer.json."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("bare") / "model", "llama")
-    (folder / "tokenizer.json").unlink()
-    with running_quire(folder, "--memory-budget", "1MiB", "--log-level", "error") as found:
-        yield found
-
-
-def test_tokens_stream_one_by_one(bare: Quire) -> None:
+def test_tokens_stream_one_by_one(tiny_quire: Quire) -> None:
     """Nothing waits for text that will never come."""
-    with Client(bare.addresses["router"]) as client:
+    with Client(tiny_quire.addresses["router"]) as client:
         deltas = list(client.generate([5, 6, 7], max_tokens=5, ignore_eos=True))
     assert sum(len(delta.token_ids) for delta in deltas) == 5
     assert len(deltas) > 1
@@ -40,18 +29,18 @@ def test_tokens_stream_one_by_one(bare: Quire) -> None:
     [("import", {}, "prompt"), ([5], {"stop_strings": ("x",)}, "stopping.stop_strings")],
 )
 def test_text_is_refused(
-    bare: Quire, prompt: str | list[int], options: dict[str, tuple[str, ...]], field: str
+    tiny_quire: Quire, prompt: str | list[int], options: dict[str, tuple[str, ...]], field: str
 ) -> None:
     """Whatever would need text names the missing tokenizer."""
-    with Client(bare.addresses["router"]) as client, pytest.raises(QuireError) as caught:
+    with Client(tiny_quire.addresses["router"]) as client, pytest.raises(QuireError) as caught:
         client.complete(prompt, **options)
     assert caught.value.code == "INVALID_ARGUMENT"
     assert [found.field for found in caught.value.violations] == [field]
     assert "tokenizer" in caught.value.violations[0].description
 
 
-def test_detokenize_is_refused(bare: Quire) -> None:
+def test_detokenize_is_refused(tiny_quire: Quire) -> None:
     """There is nothing to decode with."""
     with pytest.raises(grpc.RpcError) as caught:
-        bare.router.Detokenize(pb.DetokenizeRequest(token_ids=[5]))
+        tiny_quire.router.Detokenize(pb.DetokenizeRequest(token_ids=[5]))
     assert from_rpc_error(caught.value).reason == "INVALID_REQUEST"
