@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, for GPUs that need not be there, and say what the compilers made of it.
 
-    python tools/compile_kernels.py [--all] [--target sm_80 --target sm_90 --target gfx942]
+    python tools/compile_kernels.py [--plain | --all] [--target sm_80 --target sm_90 --target gfx942]
 
 One line a kernel, shape and target. The exit status is 1 when a kernel spills registers, loads its cache in pieces of
 less than 16 bytes, computes 16-bit products without tensor cores, or needs more shared memory than the target has.
@@ -308,12 +308,15 @@ def _table(outcomes: list[Outcome]) -> Table:
 def main() -> int:
     """Compile, print the table; the process's exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="compile every shape, not only a few")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--all", action="store_true", help="compile every shape, not only a few")
+    extent.add_argument("--plain", action="store_true", help="compile one shape, the commonest")
     parser.add_argument(
         "--target", action="append", choices=get_args(Target), help="default: all of them"
     )
     options = parser.parse_args()
-    shapes = FEW_SHAPES + (MORE_SHAPES if options.all else ())
+    shapes: tuple[Shape, ...] = FEW_SHAPES[:1] if options.plain else FEW_SHAPES
+    shapes += MORE_SHAPES if options.all else ()
     work = [
         (variant, target)
         for target in options.target or get_args(Target)
