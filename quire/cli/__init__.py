@@ -32,6 +32,8 @@ _USAGE = """usage: quire COMMAND [flags]
 
 def main() -> int:
     """Entry point of the `quire` script; the process's exit status."""
+    # gRPC's core tells on stderr, in lines that are no records, of connections that end as they should.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     command, arguments = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     missing = _missing_for(command)
     if missing:

@@ -70,7 +70,7 @@ def test_a_broken_file_is_one_clear_line(
     ended = run_up("--listen", listen, "--model", str(folder), "--log-level", "error")
     assert ended.returncode == 1
     assert expected in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
+    assert len(ended.stderr.splitlines()) == 1, ended.stderr
 
 
 def test_the_demo_model_is_small_and_whole() -> None:

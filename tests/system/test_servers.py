@@ -60,13 +60,19 @@ def test_only_compute_holds_torch(quire: Quire) -> None:
     assert mapped == {"memory_service": False, "router": False, "compute_service": True}
 
 
+def test_grpc_s_core_keeps_its_remarks_to_itself(quire: Quire) -> None:
+    """Its lines about connections that end well would stand among the records on stderr."""
+    told = [process.environ()["GRPC_VERBOSITY"] for process in children_of(quire).values()]
+    assert told == ["ERROR"] * 3
+
+
 def probes(channel: grpc.Channel) -> dict[str, str]:
     """What each probe of Kubernetes is answered."""
     stub = health_pb2_grpc.HealthStub(channel)
     found = {}
     for name in ("startup", "liveness", "readiness"):
         request = health_pb2.HealthCheckRequest(service=name)
-        answer = stub.Check(request, timeout=30, wait_for_ready=True)
+        answer = stub.Check(request, timeout=120, wait_for_ready=True)
         found[name] = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
     return found
 
