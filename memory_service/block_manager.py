@@ -231,14 +231,16 @@ class BlockManager:
         self, table: SequenceTable, rows: list[int], indexes: list[int], packed: bytes
     ) -> tuple[list[BlockHash], list[BlockHash]]:
         """Keys of what precedes each entry, and of its block."""
-        width = 4 * self.block_size
+        width, begin, next_key = 4 * self.block_size, 0, self._lookup.next_key
         parents: list[BlockHash] = []
         keys: list[BlockHash] = []
-        for known in self.ledger.parents_of_sealed(table, rows, indexes):
+        for row, known in zip(
+            rows, self.ledger.parents_of_sealed(table, rows, indexes), strict=True
+        ):
             parent = known or keys[-1]
-            begin, salt = len(keys) * width, table[rows[len(keys)]].tenant.salt
             parents.append(parent)
-            keys.append(self._lookup.next_key(parent, packed[begin : begin + width], salt))
+            keys.append(next_key(parent, packed[begin : begin + width], table[row].tenant.salt))
+            begin += width
         return parents, keys
 
     def _release_all(

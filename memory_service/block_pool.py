@@ -64,7 +64,8 @@ class BlockPool:
         self.ref_counts = np.frombuffer(self._refs, np.int32)
         self.pins = np.frombuffer(self._pins, np.int32)
         self.home_ids = np.frombuffer(self._home_of, np.int32)
-        self.sealed = np.zeros(num_blocks, dtype=np.bool_)
+        self._sealed = bytearray(num_blocks)
+        self.sealed = np.frombuffer(self._sealed, np.bool_)
         self.generations = array("i", bytes(4 * num_blocks))
         self.last_used = array("d", bytes(8 * num_blocks))
         self.index = PrefixIndex(num_blocks, block_size)
@@ -196,16 +197,18 @@ class BlockPool:
         tenant = home.tenant
         home.num_blocks += 1
         tenant.num_blocks += 1
-        self.num_retained += home.priority > 0
-        if tenant.is_bounded:
+        if home.priority:
+            self.num_retained += 1
+        if self._bounded:
             self._note_count(tenant)
 
     def _leave(self, home: Home) -> None:
         tenant = home.tenant
         home.num_blocks -= 1
         tenant.num_blocks -= 1
-        self.num_retained -= home.priority > 0
-        if tenant.is_bounded:
+        if home.priority:
+            self.num_retained -= 1
+        if self._bounded:
             self._note_count(tenant)
         if not tenant.num_blocks:
             self.note_idle(tenant)
@@ -240,10 +243,11 @@ class BlockPool:
 
         Only called while `num_available_to(tenant)` is above zero.
         """
-        block_id = self._evict(tenant) if tenant.is_at_limit or not self.free else self.free.pop()
+        is_short = not self.free or (tenant.hard_blocks is not None and tenant.is_at_limit)
+        block_id = self._evict(tenant) if is_short else self.free.pop()
         self.touched.append(block_id)
         self._refs[block_id] = 1
-        self.sealed[block_id] = False
+        self._sealed[block_id] = False
         self.index.clear(block_id)
         self.generations[block_id] += 1
         self.last_used[block_id] = self.now

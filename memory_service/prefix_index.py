@@ -46,16 +46,19 @@ class PrefixIndex:
         return self._num_indexed
 
     def _slot(self, key: bytes | bytearray) -> int:
-        return int.from_bytes(key[:8], "little") & self._mask
+        return int.from_bytes(key[:4], "little") & self._mask
 
     def find(self, key: BlockHash) -> int:
         """The block that holds `key`; 0 when there is none."""
         keys: bytearray = self.keys
         wanted: bytes = key
-        block_id = self._heads[self._slot(key)]
-        while block_id and keys[block_id * HASH_BYTES : (block_id + 1) * HASH_BYTES] != wanted:
+        block_id = self._heads[int.from_bytes(key[:4], "little") & self._mask]
+        while block_id:
+            begin = block_id * HASH_BYTES
+            if keys[begin : begin + HASH_BYTES] == wanted:
+                return block_id
             block_id = self._chain[block_id]
-        return block_id
+        return _NONE
 
     def is_indexed(self, block_id: int) -> bool:
         """Whether the block can be hit."""
@@ -74,19 +77,17 @@ class PrefixIndex:
         self.keys[begin : begin + HASH_BYTES] = key
         self.lineages[begin : begin + HASH_BYTES] = lineage
         self.states[block_id] = INDEXED
-        slot = self._slot(key)
+        slot = int.from_bytes(key[:4], "little") & self._mask
         self._chain[block_id] = self._heads[slot]
         self._heads[slot] = block_id
-        self._link(self._slot(lineage), block_id)
-        self._num_indexed += 1
-
-    def _link(self, slot: int, block_id: int) -> None:
+        slot = int.from_bytes(lineage[:4], "little") & self._mask
         following = self._first[slot]
         self._first[slot] = block_id
         self._next[block_id] = following
         self._previous[block_id] = _NONE
         if following:
             self._previous[following] = block_id
+        self._num_indexed += 1
 
     def forget(self, block_id: int) -> None:
         """The block cannot be hit any more. It keeps its key, since blocks behind it may yet be sealed."""
@@ -94,8 +95,8 @@ class PrefixIndex:
             return
         self.states[block_id] = _FORGOTTEN
         begin = block_id * HASH_BYTES
-        self._unchain(self._slot(self.keys[begin : begin + 8]), block_id)
-        self._unlink(self._slot(self.lineages[begin : begin + 8]), block_id)
+        self._unchain(self._slot(self.keys[begin : begin + HASH_BYTES]), block_id)
+        self._unlink(self._slot(self.lineages[begin : begin + HASH_BYTES]), block_id)
         self._num_indexed -= 1
 
     def clear(self, block_id: int) -> None:

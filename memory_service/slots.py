@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -130,9 +130,13 @@ class SlotAllocator:
 
     def _written(
         self, table: SequenceTable, rows: IntArray, starts: IntArray, ends: IntArray
-    ) -> tuple[IntArray, IntArray]:
+    ) -> tuple[NDArray[np.signedinteger[Any]], IntArray]:
         """The blocks in the tables now that cover `[start, end)` of each row, and which row each belongs to."""
         first = starts // self._block_size
+        if int((ends - starts).max(initial=0)) == 1:
+            # Nothing but decodes: a block each, unless it is not there yet.
+            owners = (first < table.num_blocks[rows]).nonzero()[0]
+            return owners, table.entries[rows[owners], first[owners]]
         last = np.minimum(-(-ends // self._block_size), table.num_blocks[rows])
         counts = np.maximum(0, last - first)
         owners = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
