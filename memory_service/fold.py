@@ -36,9 +36,10 @@ class FoldError(Exception):
 
 
 class Fold:
-    """Applies records to a manager that nobody else uses meanwhile."""
+    """Applies records to a manager that nobody else uses meanwhile; its observers hear of each."""
 
     def __init__(self, manager: BlockManager) -> None:
+        self._manager = manager
         self._ledger = manager.ledger
         self._pool = manager.pool
 
@@ -58,6 +59,8 @@ class Fold:
             message = f"revision {record.revision} does not fit the state before it: {error!r}"
             raise FoldError(message) from error
         self._ledger.revision = record.revision
+        for observer in self._manager.observers:
+            observer(record)
 
     @singledispatchmethod
     def _apply(self, change: Change) -> None:
@@ -105,7 +108,10 @@ class Fold:
     def _(self, change: StepApplied) -> None:
         ledger, books = self._ledger, self._ledger.sessions[change.session_key]
         ledger.acknowledge(books, change.acknowledged_step)
-        books.table.num_computed[change.commit_rows] = change.commit_num_computed_tokens
+        rows, table = change.commit_rows, books.table
+        table.num_computed[rows] = change.commit_num_computed_tokens
+        # What steps in flight may write is not recorded; it is never less than what they wrote.
+        table.num_reserved[rows] = np.maximum(table.num_reserved[rows], table.num_computed[rows])
         self._seal(books, change)
         for row, _ in change.releases.tolist():
             ledger.release(books, row)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from google.protobuf.message import DecodeError
 
+from memory_service.log_file import StateError
 from memory_service.pool_identity import PoolIdentity
 from protos.memory.v1 import pool_pb2 as pb
 from quire.pool_layout import LayerGeometry
@@ -44,8 +45,8 @@ def encode_identity(identity: PoolIdentity) -> bytes:
 
 
 def decode_identity(encoded: bytes) -> PoolIdentity:
-    """The identity of these bytes; raises ValueError when they are none."""
+    """The identity of these bytes; raises StateError when they are none."""
     try:
         return identity_of(pb.PoolIdentity.FromString(encoded))
     except DecodeError as error:
-        raise ValueError("the identity of the pool cannot be parsed") from error
+        raise StateError("the identity in the log's header cannot be parsed") from error

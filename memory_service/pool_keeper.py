@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from memory_service.identity_codec import decode_identity, encode_identity
-from memory_service.log_file import LogUnwritable, StateError
+from memory_service.log_file import LogUnwritable
 from memory_service.log_header import PoolDescription
 from memory_service.record import WriterAttached
 
@@ -57,7 +57,7 @@ class PoolKeeper:
             StateError: when it cannot be told what it was.
         """
         started = time.perf_counter()
-        found = self._store.recover(self._new_manager)
+        found = self._store.recover(self._new_manager, self._registry.begin_books)
         if found is None:
             return
         self._restore_pool(found)
@@ -82,15 +82,10 @@ class PoolKeeper:
 
     def _restore_pool(self, found: FoldedState) -> None:
         header, manager = found.header, found.manager
-        try:
-            identity = decode_identity(header.pool.identity)
-        except ValueError as error:
-            message = f"cannot read {found.tail}: {error}"
-            raise StateError(message) from error
         generation, pid, started_ticks = manager.ledger.writer
         self._registry.restore(
             header.pool_id,
-            identity,
+            decode_identity(header.pool.identity),
             manager,
             in_writers_memory=header.pool.in_writers_memory,
             writer=WriterAttached(generation, pid, started_ticks) if generation else None,

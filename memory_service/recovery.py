@@ -14,15 +14,16 @@ from memory_service.log_codec import decode_record
 from memory_service.log_file import FrameReader, LogCorrupt, StateError
 from memory_service.log_header import LogHeader, decode_columns, decode_header
 from memory_service.snapshot import import_state
+from memory_service.state_folder import StateFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from memory_service.record import Record
-    from memory_service.state_folder import StateFolder
 
     NewManager = Callable[[LogHeader], BlockManager]  # books in which nothing stands yet
+    OnRead = Callable[[Path, int], None]  # a log, and the byte up to which its records are applied
 
 _logger = structlog.get_logger()
 
@@ -82,6 +83,14 @@ class FoldedState:
     num_torn_bytes: int  # behind that, of a frame that is not whole
 
 
+def _nobody_waits(_path: Path, _end: int) -> None:
+    pass
+
+
+def nobody_observes(_: BlockManager) -> None:
+    """For those who recover books that nobody listens to."""
+
+
 def new_books(secret: bytes) -> NewManager:
     """Makes books to fold into. They decide nothing, so they need no setting that only decisions need."""
 
@@ -103,11 +112,13 @@ def fold_folder(
     new_manager: NewManager,
     *,
     until: int | None = None,
-    on_record: Callable[[], None] = lambda: None,
+    on_base: Callable[[BlockManager], None] = nobody_observes,
+    on_read: OnRead = _nobody_waits,
 ) -> FoldedState | None:
     """The state at revision `until`, or the last one; None in a folder without logs.
 
     A snapshot that is corrupt is passed over, with a warning, while an older one and the changes behind it are there.
+    `on_base` gets the books as the snapshot shows them, before the changes behind it are applied.
 
     Raises:
         LogCorrupt: where a file holds what nobody wrote, or changes that do not follow each other.
@@ -123,11 +134,18 @@ def fold_folder(
             _logger.warning("snapshot_corrupt", path=str(error.path), offset=error.offset)
             refused = refused or error
             continue
-        return _fold_logs(folder, manager, header, base, until, on_record)
+        on_base(manager)
+        return _fold_logs(folder, manager, header, base, until, on_read)
     if refused is not None:
         raise refused
-    message = f"{folder.path} has no snapshot from before what is asked for"
-    raise StateError(message)
+    raise StateError(_why_no_base(folder, until))
+
+
+def _why_no_base(folder: StateFolder, until: int | None) -> str:
+    bases = folder.bases()
+    if bases:
+        return f"{folder.path} does not know revision {until}; it begins at {bases[0]}"
+    return f"the snapshot that the logs in {folder.path} follow is missing"
 
 
 def _load_base(
@@ -154,7 +172,7 @@ def _fold_logs(
     header: LogHeader,
     base: int,
     until: int | None,
-    on_record: Callable[[], None],
+    on_read: OnRead,
 ) -> FoldedState:
     """Apply the logs from `base` on, which must follow each other without a gap."""
     starts = [
@@ -167,7 +185,7 @@ def _fold_logs(
     for start in starts:
         reader = LogReader(folder.log(start))
         _check_follows(reader, header, start, manager.revision)
-        _apply_all(fold, reader, until, on_record)
+        _apply_all(fold, reader, until, on_read)
         is_last = start == starts[-1]
         if reader.frames.num_torn_bytes and not is_last:
             why = "it ends within a frame, though another log follows"
@@ -177,9 +195,7 @@ def _fold_logs(
     )
 
 
-def _apply_all(
-    fold: Fold, reader: LogReader, until: int | None, on_record: Callable[[], None]
-) -> None:
+def _apply_all(fold: Fold, reader: LogReader, until: int | None, on_read: OnRead) -> None:
     for offset, record in reader:
         if until is not None and record.revision > until:
             return
@@ -187,7 +203,7 @@ def _apply_all(
             fold.apply(record)
         except FoldError as error:
             raise LogCorrupt(reader.path, offset, str(error)) from error
-        on_record()
+        on_read(reader.path, reader.frames.end)
 
 
 def _check_follows(reader: LogReader, first: LogHeader, start: int, revision: int) -> None:
@@ -201,3 +217,36 @@ def _check_follows(reader: LogReader, first: LogHeader, start: int, revision: in
     if start != revision:
         message = f"the changes from revision {revision} to {start}, where {reader.path} begins, are missing"
         raise StateError(message)
+
+
+def fold_log(
+    path: Path,
+    new_manager: NewManager,
+    *,
+    until: int | None = None,
+    on_read: OnRead = _nobody_waits,
+) -> FoldedState:
+    """The state at revision `until` of one log, or where that log ends; what is before it comes from its folder.
+
+    Raises:
+        StateError: as `fold_folder`, or when the log does not know that revision.
+    """
+    reader = LogReader(path)
+    start = reader.header.revision
+    manager = _before(reader, new_manager)
+    if until is not None and until < start:
+        message = f"{path} begins after revision {start}"
+        raise StateError(message)
+    _apply_all(Fold(manager), reader, until, on_read)
+    return FoldedState(reader.header, manager, path, reader.frames.end, 0)
+
+
+def _before(reader: LogReader, new_manager: NewManager) -> BlockManager:
+    start = reader.header.revision
+    if not start:
+        return new_manager(reader.header)
+    found = fold_folder(StateFolder(reader.path.parent), new_manager, until=start)
+    if found is None or found.manager.revision != start:
+        message = f"beside {reader.path} there is nothing that tells of revision {start}"
+        raise StateError(message)
+    return found.manager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003 -- pydantic looks it up
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -214,6 +215,24 @@ class WithdrawSettings(ControlSettings):
     prefix_id: CliPositionalArg[str] = Field(description="id, as `quire inspect retentions` shows")
 
 
+class ReplaySettings(CommonSettings):
+    """Show the pool as it was at any revision that its log knows."""
+
+    log: CliPositionalArg[Path] = Field(description="a state folder, or a log in one")
+    what: CliPositionalArg[Literal["pool", "sequences", "sequence", "blocks", "records"]] = Field(
+        "pool", description="what to show; records: every change, a line each"
+    )
+    sequence_id: CliPositionalArg[str | None] = Field(
+        None, description="which sequence, for `sequence`"
+    )
+    revision: Annotated[NonNegativeInt | None, Takes("N")] = Field(
+        None, description="as of this revision; unset: the last one"
+    )
+    output: Literal["table", "json"] = Field(
+        "table", description="for people, or one JSON document a line"
+    )
+
+
 INSPECTION_SETTINGS: tuple[type[CommonSettings], ...] = (
     InspectSequencesSettings,
     InspectSequenceSettings,
@@ -229,4 +248,5 @@ INSPECTION_SETTINGS: tuple[type[CommonSettings], ...] = (
     FlushSettings,
     PublishSettings,
     WithdrawSettings,
+    ReplaySettings,
 )

@@ -9,7 +9,12 @@ from importlib.util import find_spec
 
 from quire import __version__
 
-_SERVICES = {"memory": "memory_service", "compute": "compute_service", "router": "router"}
+_SERVICES = {
+    "memory": "memory_service",
+    "compute": "compute_service",
+    "router": "router",
+    "replay": "memory_service.replay",
+}
 _COMMANDS = ("up", "demo", "generate", "chat", "inspect", "top", "control")
 _NEED_COMPUTE = ("up", "demo", "compute")
 _COMPUTE_LIBRARIES = ("torch", "transformers", "numba")
@@ -25,6 +30,7 @@ _USAGE = """usage: quire COMMAND [flags]
   inspect   look into the pool: counts, sequences, blocks, tenants, why something happened
   top       show the pool live
   control   quotas, retention, flush, shared prefixes
+  replay    show the pool at any past revision of its log
   version   print the version
 
 `quire COMMAND --help` lists the flags of a command."""
@@ -47,7 +53,7 @@ def main() -> int:
         status: int = getattr(import_module(f"quire.cli.{command}"), command)(arguments)
         return status
     if command in _SERVICES:
-        # The process becomes the service, so that its signals and exit status are the service's own.
+        # The process becomes another one, so that its signals and exit status are that one's own.
         module = [sys.executable, "-m", _SERVICES[command]]
         os.execv(sys.executable, [*module, *arguments])  # noqa: S606 -- our own interpreter and module
     if command in {"version", "--version"}:

@@ -10,18 +10,22 @@ from pool_driver import PoolDriver
 from memory_service.block_hash import BlockHasher
 from memory_service.block_manager import BlockManager
 from memory_service.fold import Fold
+from memory_service.identity_codec import encode_identity
 from memory_service.log_file import FrameWriter
 from memory_service.log_header import LogHeader, PoolDescription, encode_header
+from memory_service.pool_identity import PoolIdentity
 from memory_service.recovery import LogReader, new_books
 from memory_service.state_folder import StateFolder
 from memory_service.state_store import StateStore
+from quire.pool_layout import LayerGeometry
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from memory_service.record import Record
 
-POOL = PoolDescription(b"identity", 24, 1 << 16, 4, True, False)
+IDENTITY = PoolIdentity((LayerGeometry(2, 4, 4),), "float32", 4, (0, 1), "fingerprint")
+POOL = PoolDescription(encode_identity(IDENTITY), 24, IDENTITY.size_bytes(24), 4, True, False)
 POOL_ID = "pool"
 
 
