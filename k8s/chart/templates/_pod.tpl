@@ -157,6 +157,7 @@ limits:
 - --{{ if not .trustRemoteCode }}no-{{ end }}trust-remote-code
 {{- end }}
 - --num-threads={{ int64 .Values.compute.cpu }}
+- --memory-patience-s={{ .Values.compute.memoryPatienceSeconds }}
 {{- end }}
 
 {{- define "quire.schedulingFlags" -}}
