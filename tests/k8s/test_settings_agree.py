@@ -110,7 +110,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
             "queueLimit": 9,
         },
         "memory": {"leaseTtlSeconds": 2.5, "maxNumRows": 16},
-        "compute": {"cpu": 3},
+        "compute": {"cpu": 3, "memoryPatienceSeconds": 7.5},
         "drain": {"preStopSeconds": 7, "graceSeconds": 11},
         "logs": {"level": "warning", "format": "console"},
         "metrics": {"enabled": False, "compat": "vllm"},
@@ -127,6 +127,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (memory.lease_ttl_s, memory.max_num_rows) == (2.5, 16)
     assert (compute.dtype, compute.max_model_len, compute.block_size) == ("float32", 512, 32)
     assert (compute.num_threads, compute.metrics_listen) == (3, "off")
+    assert compute.memory_patience_s == 7.5
     assert (router.max_num_seqs, router.max_num_batched_tokens) == (8, 256)
     assert (router.watermark, router.queue_limit) == (0.25, 9)
     assert (router.served_model_name, router.metrics_compat) == ("mine", "vllm")
