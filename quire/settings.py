@@ -245,6 +245,10 @@ class SamplingFlags(CommonSettings):
     """What the commands that ask the router share."""
 
     router_address: str = Field(DEFAULT_ROUTER_ADDRESS, description="address of the router")
+    token: str | None = Field(
+        None,
+        description="bearer token, where the router asks for one; better as QUIRE_TOKEN, which no process list shows",
+    )
     timeout_s: PositiveFloat = Field(300.0, description="seconds to wait for a whole answer")
     max_tokens: PositiveInt | None = Field(None, description="most output tokens")
     temperature: float | None = Field(None, description="0 is greedy; unset: 1")

@@ -26,7 +26,9 @@ def chat(argv: Sequence[str]) -> int:
     messages = [{"role": "system", "content": settings.system}] if settings.system else []
     with (
         reporting_errors(settings.router_address) as outcome,
-        Client(settings.router_address, timeout_s=settings.timeout_s) as client,
+        Client(
+            settings.router_address, timeout_s=settings.timeout_s, token=settings.token
+        ) as client,
     ):
         model = client.get_model()
         if not model.has_chat_template:

@@ -23,7 +23,9 @@ def generate(argv: Sequence[str]) -> int:
     options["ignore_eos"] = settings.ignore_eos
     with (
         reporting_errors(settings.router_address) as outcome,
-        Client(settings.router_address, timeout_s=settings.timeout_s) as client,
+        Client(
+            settings.router_address, timeout_s=settings.timeout_s, token=settings.token
+        ) as client,
     ):
         generation = client.generate(prompt, **options)
         for delta in generation:

@@ -110,6 +110,8 @@ def coherent(values: Object) -> Object:
     scheduling["maxNumSeqs"] = min(scheduling.get("maxNumSeqs", 64), rows)
     if profile != "single-container":
         values["memory"]["maxNumRows"] = max(rows, scheduling["maxNumSeqs"])
+    if values.get("tenants", {}).get("secretName"):
+        values["tenants"]["metadataKey"] = ""
     metrics = values.setdefault("metrics", {})
     metrics.setdefault("podMonitor", {})
     if not metrics.get("enabled", True):
@@ -198,6 +200,10 @@ REFUSED: list[tuple[Object, str]] = [
     (
         {"scheduling": {"maxNumSeqs": 65}, "memory": {"maxNumRows": 64}},
         "scheduling.maxNumSeqs 65 is above memory.maxNumRows 64",
+    ),
+    (
+        {"tenants": {"secretName": "tenants", "metadataKey": "x-tenant"}},
+        "tenants.secretName and tenants.metadataKey are two answers",
     ),
     (
         {"metrics": {"enabled": False, "podMonitor": {"enabled": True}}},

@@ -26,6 +26,21 @@ def test_a_model_on_a_claim() -> None:
         assert volume["persistentVolumeClaim"] == {"claimName": "models", "readOnly": True}
 
 
+@pytest.mark.parametrize(("profile", "name"), [("cpu", "router"), ("single-container", "quire")])
+def test_tenants_come_from_a_secret(profile: str, name: str) -> None:
+    """The router reads the key tenants.yaml of the Secret, read-only; nobody else mounts it, and none by default."""
+    rendering = render({"profile": profile, "tenants": {"secretName": "who-calls"}})
+    container = rendering.container(name)
+    assert "--tenants=/etc/quire/tenants/tenants.yaml" in container.arguments
+    mount = {"name": "tenants", "mountPath": "/etc/quire/tenants", "readOnly": True}
+    holders = [c for c in rendering.containers() if mount in c.spec["volumeMounts"]]
+    assert [found.spec["name"] for found in holders] == [name]
+    (volume,) = [v for v in container.pod["spec"]["volumes"] if v["name"] == "tenants"]
+    assert volume["secret"] == {"secretName": "who-calls", "defaultMode": 0o440}
+    plain = render({"profile": profile}).container(name).pod["spec"]["volumes"]
+    assert "tenants" not in [found["name"] for found in plain]
+
+
 def test_grace_periods_follow_from_the_drain() -> None:
     """The engine outlives the router's drain, and each Pod has time for its own."""
     rendering = render({"drain": {"preStopSeconds": 7, "graceSeconds": 100}})
@@ -201,6 +216,9 @@ def test_the_notes_warn_of_what_is_open() -> None:
     assert "WARNING: service.type LoadBalancer" in render(balanced).notes
     assert "WARNING" not in render({**balanced, **listed}).notes
     assert "WARNING: networkPolicy" in render({"networkPolicy": {"enabled": False}}).notes
+    named: Object = {"tenants": {"metadataKey": "x-tenant"}}
+    assert "WARNING: tenants.metadataKey" in render(named).notes
+    assert "WARNING" not in render({**named, **listed}).notes
 
 
 def test_the_notes_name_the_model() -> None:

@@ -29,8 +29,12 @@ OF_A_POD = {
     "num_threads",
 }
 # Left to the service: the parent is the container's own business; the others have a value of their own when it is set.
-UNSET = {"parent_pid", "max_model_len", "served_model_name"}
-EVERYTHING: Object = {"model": {"maxModelLen": 512, "servedName": "mine"}}
+UNSET = {"parent_pid", "max_model_len", "served_model_name", "tenants", "tenant_metadata"}
+# Two sets of values, since the two ways to tell tenants apart exclude each other.
+EVERYTHING: tuple[Object, ...] = (
+    {"model": {"maxModelLen": 512, "servedName": "mine"}, "tenants": {"secretName": "tenants"}},
+    {"tenants": {"metadataKey": "x-tenant"}},
+)
 
 
 def defaults_of(service: str) -> CommonSettings:
@@ -57,6 +61,14 @@ def test_defaults_agree(
     assert differing <= OF_A_POD
 
 
+def named_by(values: Object, container: str) -> set[str]:
+    """The settings that a container's command line names."""
+    return {
+        word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+        for word in render(values).container(container).arguments
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "values"),
     [
@@ -70,16 +82,9 @@ def test_every_setting_is_a_value(
     name: str, settings: type[CommonSettings], values: Object
 ) -> None:
     """The command line names every setting of the service, so that each has its place in the values."""
-    arguments = render({**values, **EVERYTHING}).container(name).arguments
-    flags = {word.partition("=")[0].removeprefix("--").removeprefix("no-") for word in arguments}
-    named = {flag.replace("-", "_") for flag in flags}
+    named = set().union(*(named_by({**values, **more}, name) for more in EVERYTHING))
     assert set(settings.model_fields) - named <= {"parent_pid"}
-    arguments = render(values).container(name).arguments
-    named = {
-        word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
-        for word in arguments
-    }
-    assert set(settings.model_fields) - named <= UNSET
+    assert set(settings.model_fields) - named_by(values, name) <= UNSET
 
 
 def choices(settings: type[CommonSettings], field: str) -> list[Any]:
@@ -114,6 +119,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
         "drain": {"preStopSeconds": 7, "graceSeconds": 11},
         "logs": {"level": "warning", "format": "console"},
         "metrics": {"enabled": False, "compat": "vllm"},
+        "tenants": {"metadataKey": "x-tenant"},
     }
     rendering = render(values)
     memory, compute, router = (
@@ -131,6 +137,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (router.max_num_seqs, router.max_num_batched_tokens) == (8, 256)
     assert (router.watermark, router.queue_limit) == (0.25, 9)
     assert (router.served_model_name, router.metrics_compat) == ("mine", "vllm")
+    assert (router.tenants, router.tenant_metadata) == (None, "x-tenant")
     assert (router.shutdown_grace_s, router.log_level, router.log_format) == (
         11,
         "warning",

@@ -67,7 +67,8 @@ def _assert_restricted(pod: Object) -> None:
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert spec["securityContext"]["runAsUser"] == 10001
     assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    assert all({"emptyDir", "persistentVolumeClaim"} & set(found) for found in spec["volumes"])
+    allowed = {"emptyDir", "persistentVolumeClaim", "secret"}
+    assert all(allowed & set(found) for found in spec["volumes"])
     for container in [*spec.get("initContainers", []), *spec["containers"]]:
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,

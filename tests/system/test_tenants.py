@@ -85,6 +85,29 @@ def test_every_call_brings_one_known_token(shared: Quire, method: str) -> None:
             assert CALLS[method](client) is not None
 
 
+def test_the_command_line_brings_the_token(shared: Quire, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`quire generate` takes it from QUIRE_TOKEN; without it the refusal is one line."""
+    command = [
+        QUIRE,
+        "generate",
+        "--router-address",
+        shared.addresses["router"],
+        "--max-tokens",
+        "3",
+    ]
+
+    def generate() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, "import"], capture_output=True, text=True, check=False)
+
+    refused = generate()
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "authorization: Bearer TOKEN" in refused.stderr
+    monkeypatch.setenv("QUIRE_TOKEN", TOKENS["alice"])
+    answered = generate()
+    assert (answered.returncode, answered.stderr) == (0, "")
+    assert answered.stdout.strip()
+
+
 def test_nobody_sees_or_stops_anothers_request(shared: Quire) -> None:
     """Both may use one id at once; what a tenant aborts is its own, and another's is as unknown as one that never was."""
     options = {"max_tokens": 900, "ignore_eos": True, "request_id": "same"}

@@ -6,6 +6,7 @@
 {{- include "quire.checkSingle" . -}}
 {{- include "quire.checkModel" . -}}
 {{- include "quire.checkScheduling" . -}}
+{{- include "quire.checkTenants" . -}}
 {{- include "quire.checkMetrics" . -}}
 {{- end }}
 
@@ -80,6 +81,12 @@
 {{- define "quire.checkScheduling" -}}
 {{- if gt (int64 .Values.scheduling.maxNumSeqs) (int64 .Values.memory.maxNumRows) -}}
 {{- fail (printf "scheduling.maxNumSeqs %d is above memory.maxNumRows %d: the memory service would refuse the router's session" (int64 .Values.scheduling.maxNumSeqs) (int64 .Values.memory.maxNumRows)) -}}
+{{- end -}}
+{{- end }}
+
+{{- define "quire.checkTenants" -}}
+{{- if and .Values.tenants.secretName .Values.tenants.metadataKey -}}
+{{- fail "tenants.secretName and tenants.metadataKey are two answers to one question, who calls: set only one of them" -}}
 {{- end -}}
 {{- end }}
 

@@ -84,6 +84,9 @@
     {{- include "quire.poolFlags" . | nindent 4 }}
     {{- include "quire.modelFlags" . | nindent 4 }}
     {{- include "quire.schedulingFlags" . | nindent 4 }}
+    {{- with include "quire.tenantFlags" . }}
+    {{- . | nindent 4 }}
+    {{- end }}
     - --shutdown-grace-s={{ int64 .Values.drain.graceSeconds }}
     - --{{ if not .Values.metrics.enabled }}no-{{ end }}metrics
     {{- include "quire.logFlags" . | nindent 4 }}
@@ -111,6 +114,9 @@
     - {name: compute-tmp, mountPath: /tmp}
     - {name: cache, mountPath: /var/cache/quire}
     {{- with include "quire.modelMount" . }}
+    {{- . | nindent 4 }}
+    {{- end }}
+    {{- with include "quire.tenantsMount" . }}
     {{- . | nindent 4 }}
     {{- end }}
 {{- end }}

@@ -173,6 +173,31 @@ limits:
 - --metrics-compat={{ .Values.metrics.compat }}
 {{- end }}
 
+{{/* Each on a line of its own where there is one; nothing else, so that they can follow other flags. */}}
+{{- define "quire.tenantFlags" -}}
+{{- if .Values.tenants.secretName -}}
+- --tenants=/etc/quire/tenants/tenants.yaml
+{{- end -}}
+{{- with .Values.tenants.metadataKey -}}
+- {{ printf "--tenant-metadata=%s" . | quote }}
+{{- end -}}
+{{- end }}
+
+{{- define "quire.tenantsMount" -}}
+{{- if .Values.tenants.secretName -}}
+- {name: tenants, mountPath: /etc/quire/tenants, readOnly: true}
+{{- end -}}
+{{- end }}
+
+{{- define "quire.tenantsVolume" -}}
+{{- with .Values.tenants.secretName -}}
+- name: tenants
+  secret:
+    secretName: {{ . | quote }}
+    defaultMode: 0440
+{{- end -}}
+{{- end }}
+
 {{/* Labels and annotations of a Pod; takes (root, component, values of the Pod, default container). The chart's version is
      none of them: a change of the chart alone must not restart an engine and lose its cache. */}}
 {{- define "quire.podMetadata" -}}

@@ -66,7 +66,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, for logs, Abort and the inspection API. At most 128 characters. Empty: the router makes one up
-    and tells it in `accepted`. No other live request may have it.
+    and tells it in `accepted`. No other live request of the same tenant may have it.
     """
     text: _builtins.str
     """Text, tokenized with the model's own tokenizer, special tokens added as the model wants. Not empty."""

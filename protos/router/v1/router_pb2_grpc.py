@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RouterServiceStub:
-    """RouterService generates text.
+    """RouterService generates text. Where the router tells tenants apart, every call says by its metadata whose it is:
+    `authorization: Bearer <token>`, or a key that a gateway sets; without that it ends with UNAUTHENTICATED UNAUTHENTICATED.
     """
 
     def __init__(self, channel):
@@ -68,15 +69,17 @@ class RouterServiceStub:
 
 
 class RouterServiceServicer:
-    """RouterService generates text.
+    """RouterService generates text. Where the router tells tenants apart, every call says by its metadata whose it is:
+    `authorization: Bearer <token>`, or a key that a gateway sets; without that it ends with UNAUTHENTICATED UNAUTHENTICATED.
     """
 
     def Generate(self, request, context):
         """Generate streams one request: `accepted`, then deltas, then one `finished` for each sample. The request ends early
         when the client cancels the call, its deadline passes, or `Abort` names it; its blocks return at the next step.
         Errors: INVALID_ARGUMENT INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED or POOL_TOO_SMALL; ALREADY_EXISTS
-        REQUEST_ID_IN_USE; RESOURCE_EXHAUSTED QUEUE_FULL; UNAVAILABLE NOT_READY; INTERNAL STEP_FAILED. A repeat is a new
-        request; without a seed its output differs. Deadline: as long as the client wants to wait for all of it.
+        REQUEST_ID_IN_USE; RESOURCE_EXHAUSTED QUEUE_FULL or QUOTA_EXCEEDED; UNAVAILABLE NOT_READY; INTERNAL STEP_FAILED. A
+        repeat is a new request; without a seed its output differs. Deadline: as long as the client wants to wait for all of
+        it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,7 +93,7 @@ class RouterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Abort ends a live request; its stream gets `finished` with CANCELLED for each sample that still ran. Errors:
+        """Abort ends a live request of the caller's tenant; its stream gets `finished` with CANCELLED for each sample that still ran. Errors:
         INVALID_ARGUMENT INVALID_REQUEST for an empty id, NOT_FOUND REQUEST_NOT_FOUND. Typical deadline: 5 seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -162,7 +165,8 @@ def add_RouterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RouterService:
-    """RouterService generates text.
+    """RouterService generates text. Where the router tells tenants apart, every call says by its metadata whose it is:
+    `authorization: Bearer <token>`, or a key that a gateway sets; without that it ends with UNAUTHENTICATED UNAUTHENTICATED.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RouterServiceStub:
-    """RouterService generates text."""
+    """RouterService generates text. Where the router tells tenants apart, every call says by its metadata whose it is:
+    `authorization: Bearer <token>`, or a key that a gateway sets; without that it ends with UNAUTHENTICATED UNAUTHENTICATED.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,13 +39,14 @@ class RouterServiceStub:
     """Generate streams one request: `accepted`, then deltas, then one `finished` for each sample. The request ends early
     when the client cancels the call, its deadline passes, or `Abort` names it; its blocks return at the next step.
     Errors: INVALID_ARGUMENT INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED or POOL_TOO_SMALL; ALREADY_EXISTS
-    REQUEST_ID_IN_USE; RESOURCE_EXHAUSTED QUEUE_FULL; UNAVAILABLE NOT_READY; INTERNAL STEP_FAILED. A repeat is a new
-    request; without a seed its output differs. Deadline: as long as the client wants to wait for all of it.
+    REQUEST_ID_IN_USE; RESOURCE_EXHAUSTED QUEUE_FULL or QUOTA_EXCEEDED; UNAVAILABLE NOT_READY; INTERNAL STEP_FAILED. A
+    repeat is a new request; without a seed its output differs. Deadline: as long as the client wants to wait for all of
+    it.
     """
     Complete: _grpc.UnaryUnaryMultiCallable[_router_pb2.CompleteRequest, _router_pb2.CompleteResponse]
     """Complete is Generate in one answer. Same errors, same rules."""
     Abort: _grpc.UnaryUnaryMultiCallable[_router_pb2.AbortRequest, _router_pb2.AbortResponse]
-    """Abort ends a live request; its stream gets `finished` with CANCELLED for each sample that still ran. Errors:
+    """Abort ends a live request of the caller's tenant; its stream gets `finished` with CANCELLED for each sample that still ran. Errors:
     INVALID_ARGUMENT INVALID_REQUEST for an empty id, NOT_FOUND REQUEST_NOT_FOUND. Typical deadline: 5 seconds.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]
@@ -59,20 +62,23 @@ class RouterServiceStub:
 
 @_typing.type_check_only
 class RouterServiceAsyncStub(RouterServiceStub):
-    """RouterService generates text."""
+    """RouterService generates text. Where the router tells tenants apart, every call says by its metadata whose it is:
+    `authorization: Bearer <token>`, or a key that a gateway sets; without that it ends with UNAUTHENTICATED UNAUTHENTICATED.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate streams one request: `accepted`, then deltas, then one `finished` for each sample. The request ends early
     when the client cancels the call, its deadline passes, or `Abort` names it; its blocks return at the next step.
     Errors: INVALID_ARGUMENT INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED or POOL_TOO_SMALL; ALREADY_EXISTS
-    REQUEST_ID_IN_USE; RESOURCE_EXHAUSTED QUEUE_FULL; UNAVAILABLE NOT_READY; INTERNAL STEP_FAILED. A repeat is a new
-    request; without a seed its output differs. Deadline: as long as the client wants to wait for all of it.
+    REQUEST_ID_IN_USE; RESOURCE_EXHAUSTED QUEUE_FULL or QUOTA_EXCEEDED; UNAVAILABLE NOT_READY; INTERNAL STEP_FAILED. A
+    repeat is a new request; without a seed its output differs. Deadline: as long as the client wants to wait for all of
+    it.
     """
     Complete: _aio.UnaryUnaryMultiCallable[_router_pb2.CompleteRequest, _router_pb2.CompleteResponse]  # type: ignore[assignment]
     """Complete is Generate in one answer. Same errors, same rules."""
     Abort: _aio.UnaryUnaryMultiCallable[_router_pb2.AbortRequest, _router_pb2.AbortResponse]  # type: ignore[assignment]
-    """Abort ends a live request; its stream gets `finished` with CANCELLED for each sample that still ran. Errors:
+    """Abort ends a live request of the caller's tenant; its stream gets `finished` with CANCELLED for each sample that still ran. Errors:
     INVALID_ARGUMENT INVALID_REQUEST for an empty id, NOT_FOUND REQUEST_NOT_FOUND. Typical deadline: 5 seconds.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_router_pb2.TokenizeRequest, _router_pb2.TokenizeResponse]  # type: ignore[assignment]
@@ -87,7 +93,9 @@ class RouterServiceAsyncStub(RouterServiceStub):
     """GetModel describes what is served. Errors: UNAVAILABLE NOT_READY. Typical deadline: 1 second."""
 
 class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """RouterService generates text."""
+    """RouterService generates text. Where the router tells tenants apart, every call says by its metadata whose it is:
+    `authorization: Bearer <token>`, or a key that a gateway sets; without that it ends with UNAUTHENTICATED UNAUTHENTICATED.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -98,8 +106,9 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         """Generate streams one request: `accepted`, then deltas, then one `finished` for each sample. The request ends early
         when the client cancels the call, its deadline passes, or `Abort` names it; its blocks return at the next step.
         Errors: INVALID_ARGUMENT INVALID_REQUEST, CONTEXT_LENGTH_EXCEEDED or POOL_TOO_SMALL; ALREADY_EXISTS
-        REQUEST_ID_IN_USE; RESOURCE_EXHAUSTED QUEUE_FULL; UNAVAILABLE NOT_READY; INTERNAL STEP_FAILED. A repeat is a new
-        request; without a seed its output differs. Deadline: as long as the client wants to wait for all of it.
+        REQUEST_ID_IN_USE; RESOURCE_EXHAUSTED QUEUE_FULL or QUOTA_EXCEEDED; UNAVAILABLE NOT_READY; INTERNAL STEP_FAILED. A
+        repeat is a new request; without a seed its output differs. Deadline: as long as the client wants to wait for all of
+        it.
         """
 
     @_abc_1.abstractmethod
@@ -116,7 +125,7 @@ class RouterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _router_pb2.AbortRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.AbortResponse, _abc.Awaitable[_router_pb2.AbortResponse]]:
-        """Abort ends a live request; its stream gets `finished` with CANCELLED for each sample that still ran. Errors:
+        """Abort ends a live request of the caller's tenant; its stream gets `finished` with CANCELLED for each sample that still ran. Errors:
         INVALID_ARGUMENT INVALID_REQUEST for an empty id, NOT_FOUND REQUEST_NOT_FOUND. Typical deadline: 5 seconds.
         """
 
