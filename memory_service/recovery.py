@@ -185,7 +185,8 @@ def _fold_logs(
     for start in starts:
         reader = LogReader(folder.log(start))
         _check_follows(reader, header, start, manager.revision)
-        _apply_all(fold, reader, until, on_read)
+        if manager.revision != until:  # what is behind it may be corrupt and still need not be read
+            _apply_all(fold, reader, until, on_read)
         is_last = start == starts[-1]
         if reader.frames.num_torn_bytes and not is_last:
             why = "it ends within a frame, though another log follows"
@@ -204,6 +205,8 @@ def _apply_all(fold: Fold, reader: LogReader, until: int | None, on_read: OnRead
         except FoldError as error:
             raise LogCorrupt(reader.path, offset, str(error)) from error
         on_read(reader.path, reader.frames.end)
+        if record.revision == until:
+            return
 
 
 def _check_follows(reader: LogReader, first: LogHeader, start: int, revision: int) -> None:

@@ -149,6 +149,24 @@ def test_any_past_revision_is_found(tmp_path: Path) -> None:
         assert export_state(found.manager) == export_state(fold_of(tmp_path, records[:revision]))
 
 
+def test_past_before_a_corrupt_byte_is_found(tmp_path: Path) -> None:
+    """Whatever stands behind a revision does not keep it from being shown."""
+    folder = three_logs(tmp_path)
+    records, last = records_of(folder), folder.logs()[-1]
+    offsets = [offset for offset, _ in FrameReader(folder.log(last))]
+    whole = folder.log(last).read_bytes()
+    for which, offset in enumerate(offsets[1:]):
+        flipped = bytes([whole[offset] ^ 1])
+        folder.log(last).write_bytes(whole[:offset] + flipped + whole[offset + 1 :])
+        books = new_books(folder.secret())
+        found = fold_folder(folder, books, until=last + which)
+        assert found is not None
+        expected = fold_of(tmp_path, records[: last + which])
+        assert export_state(found.manager) == export_state(expected)
+        with pytest.raises(LogCorrupt, match=f"at byte {offset}: "):
+            fold_folder(folder, books)
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_missing_log_is_refused(tmp_path: Path, which: int) -> None:
     """When a log in the middle, or the first, is not there, the service refuses to start."""
