@@ -5,8 +5,6 @@ Run as a program, with the flags of `quire compute`.
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from triton_interpreter import interpreted_operations
 
@@ -24,4 +22,4 @@ def open_device(name: str) -> ComputeDevice:
 
 if __name__ == "__main__":
     service.open_device = open_device
-    sys.exit(service.main())
+    service.end(service.main())
