@@ -11,7 +11,7 @@ NODE_STAMP := node_modules/.stamp
 # Compiled kernels are kept between runs and shared among test processes.
 export NUMBA_CACHE_DIR ?= $(CURDIR)/.cache/numba
 
-.PHONY: help setup check format stubs kernels chart lint-chart dockerfile dockerfile-all demo test test-fast test-long clean
+.PHONY: help setup check format stubs kernels chart lint-chart dockerfile dockerfile-all demo test test-fast test-long bench-paging clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 16
@@ -72,6 +72,9 @@ test-fast: $(STAMP) $(NODE_STAMP) ## the suite without the token parity of every
 
 test-long: $(STAMP) $(NODE_STAMP) ## the property tests with twenty times the examples
 	QUIRE_TEST_EXAMPLES=3000 $(PYTEST) -m "not slow" --timeout 1800 tests/memory_service tests/router
+
+bench-paging: $(STAMP) ## the PagedAttention paper's claims measured on the block manager (two minutes)
+	$(BIN)/python -m bench.paging
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) node_modules .cache build *.egg-info
