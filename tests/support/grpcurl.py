@@ -17,6 +17,8 @@ def as_buf_curl(words: list[str]) -> list[str]:
     for word in rest:
         if word == "-d":
             flags += ["--data", next(rest)]
+        elif word == "-H":
+            flags += ["--header", next(rest)]
         elif word == "-unix":
             is_unix = True
         elif word != "-plaintext":

@@ -38,8 +38,11 @@ class Quire:
 
 def children_of(quire: Quire) -> dict[str, psutil.Process]:
     """The processes of the services, by the name of their package."""
-    found = psutil.Process(quire.process.pid).children()
-    return {child.cmdline()[2]: child for child in found}
+    found = {}
+    for child in psutil.Process(quire.process.pid).children():
+        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # killed just now
+            found[child.cmdline()[2]] = child
+    return found
 
 
 def assert_pool_is_idle(quire: Quire) -> None:
