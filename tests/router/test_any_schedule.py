@@ -25,7 +25,7 @@ SIZE = 4
 NUM_BLOCKS = 15
 NUM_ROWS = 6
 BUDGET = 7  # tokens of a step
-MAX_STEPS = 4000
+MAX_STEPS = 1500
 TENANTS = ("", "a", "b")
 FINISHES = {
     ReleaseReason.FINISHED: (FinishReason.LENGTH,),
