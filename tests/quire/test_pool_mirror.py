@@ -63,6 +63,7 @@ class MirrorFollowsPool(RuleBasedStateMachine):
                 found.table[data.draw(st.integers(0, len(found.table) - 1))] = free[0]
             elif what == "end":
                 pool.cached |= set(found.table)
+                pool.parting[key[1]] = found.num_computed_tokens
                 del pool.sequences[key]
         if cached := pool.blocks_in(pb.BLOCK_STATE_CACHED):
             gone = set(data.draw(st.lists(st.sampled_from(cached), unique=True)))

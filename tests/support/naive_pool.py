@@ -32,6 +32,8 @@ class NaivePool:
     num_query_tokens: int = 0
     num_hit_tokens: int = 0
     num_evictions: int = 0
+    # Rows that the next change ends, with what it acknowledges of them before.
+    parting: dict[int, int] = field(default_factory=dict)
 
     def copy(self) -> NaivePool:
         return copy.deepcopy(self)
@@ -137,6 +139,9 @@ class NaivePool:
 
 
 def _tell_sequences(delta: pb.WatchDelta, before: NaivePool, after: NaivePool) -> None:
+    delta.progressed_rows.extend(after.parting)
+    delta.progressed_num_computed_tokens.extend(after.parting.values())
+    after.parting.clear()
     for key, old in before.sequences.items():
         new = after.sequences.get(key)
         if new is None or new.sequence_id != old.sequence_id:
