@@ -12,6 +12,7 @@ from memory_service.block_view import (
     is_key_prefix,
 )
 from memory_service.call_tenant import NO_TENANT, tenant_of
+from memory_service.explanation_messages import explain
 from memory_service.inspection_messages import (
     block_message,
     holder_message,
@@ -31,13 +32,15 @@ from protos.memory.v1 import inspection_pb2_grpc
 from quire.errors import BlockNotFound, FieldViolation, SequenceNotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
     import grpc
 
     from memory_service.call_tenant import Call
+    from memory_service.explanations import Explanations
     from memory_service.pool_registry import PoolRegistry
     from memory_service.state_store import StateStore
+    from memory_service.watching import Watching
 
 _BEFORE_ALL_SEQUENCES = ("", "", -1)
 _BEFORE_ALL_BLOCKS = (-1,)
@@ -49,11 +52,21 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
     Args:
         registry: has the pool.
         store: of the state folder; None: nothing outlives the service.
+        explanations: remembers what was decided.
+        watching: lets callers watch.
     """
 
-    def __init__(self, registry: PoolRegistry, store: StateStore | None) -> None:
+    def __init__(
+        self,
+        registry: PoolRegistry,
+        store: StateStore | None,
+        explanations: Explanations,
+        watching: Watching,
+    ) -> None:
         self._registry = registry
         self._store = store
+        self._explanations = explanations
+        self._watching = watching
 
     def _view(self, call: Call) -> PoolView:
         tenant = tenant_of(call)
@@ -210,6 +223,25 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
             num_needed_blocks=-(-len(token_ids) // size) - len(hit.block_ids),
             num_in_progress_tokens=num_in_progress,
         )
+
+    # What happened, and what happens
+
+    async def Explain(
+        self,
+        request: pb.ExplainRequest,
+        context: grpc.aio.ServicerContext[pb.ExplainRequest, pb.ExplainResponse],
+    ) -> pb.ExplainResponse:
+        """Say why something was decided."""
+        tenant, manager = tenant_of(context), self._registry.pool.manager
+        return explain(self._explanations, request, tenant, manager.revision)
+
+    def Watch(
+        self,
+        request: pb.WatchRequest,
+        context: grpc.aio.ServicerContext[pb.WatchRequest, pb.WatchResponse],
+    ) -> AsyncIterator[pb.WatchResponse]:
+        """Show the state, then every change."""
+        return self._watching.watch(request.resume_token, context)
 
     async def CheckIntegrity(
         self,

@@ -60,6 +60,7 @@ class PoolRegistry:
         self._place = WriterPlace(clock)
         self._pool: Pool | None = None
         self._on_replaced: list[Callable[[], None]] = []
+        self._on_books: list[Callable[[BlockManager], None]] = []
         self._on_created: list[Callable[[Pool], None]] = []
         self._on_dropped: list[Callable[[Pool], None]] = []
         self._on_writer_attached: list[Callable[[WriterAttached], None]] = []
@@ -67,6 +68,18 @@ class PoolRegistry:
     def when_replaced(self, callback: Callable[[], None]) -> None:
         """Call `callback` before a pool gives way to another one or is dropped, while its books are there."""
         self._on_replaced.append(callback)
+
+    def when_books_begin(self, callback: Callable[[BlockManager], None]) -> None:
+        """Call `callback` with the books of a pool before anything happens in them.
+
+        After a restart those are the books as the last snapshot shows them, before the changes since then are applied.
+        """
+        self._on_books.append(callback)
+
+    def begin_books(self, manager: BlockManager) -> None:
+        """Something is about to happen in the books of a pool."""
+        for callback in self._on_books:
+            callback(manager)
 
     def when_created(self, callback: Callable[[Pool], None]) -> None:
         """Call `callback` with a new pool before anybody is told of it."""
@@ -214,6 +227,7 @@ class PoolRegistry:
             in_writers_memory,
             None if in_writers_memory else create_pool_file(size_bytes, self._state_dir, pool_id),
         )
+        self.begin_books(pool.manager)
         for callback in self._on_created:
             callback(pool)
         self._pool = pool

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from memory_service import session
     from memory_service.demand import IntArray, StepAnswer
+    from memory_service.explanations import Explanations
     from memory_service.metrics import StepTally
     from memory_service.pool import Attachment
     from memory_service.pool_registry import PoolRegistry
@@ -83,10 +84,17 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
 class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
     """Implements `quire.memory.v1.MemoryService`."""
 
-    def __init__(self, registry: PoolRegistry, sessions: Sessions, tally: StepTally) -> None:
+    def __init__(
+        self,
+        registry: PoolRegistry,
+        sessions: Sessions,
+        tally: StepTally,
+        explanations: Explanations,
+    ) -> None:
         self._registry = registry
         self._sessions = sessions
         self._tally = tally
+        self._explanations = explanations
 
     async def Session(
         self,
@@ -122,6 +130,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
     ) -> memory_pb2.SessionResponse:
         started = time.perf_counter()
         answer = self._sessions.apply(opened, step.generation, _demand(step))
+        self._explanations.answered(opened.key, answer)
         response = memory_pb2.SessionResponse(answer=_answer(answer, step.generation))
         self._tally.answered(answer, len(step.admits), time.perf_counter() - started)
         return response

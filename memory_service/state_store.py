@@ -14,7 +14,7 @@ from memory_service.compaction import CompactionProcess
 from memory_service.log_codec import encode_record
 from memory_service.log_file import FrameWriter
 from memory_service.log_header import LogHeader, encode_header
-from memory_service.recovery import fold_folder
+from memory_service.recovery import fold_folder, nobody_observes
 from memory_service.state_folder import StateFolder
 from quire import __version__
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from memory_service.block_manager import BlockManager
     from memory_service.log_header import PoolDescription
     from memory_service.record import Record
     from memory_service.recovery import FoldedState, NewManager
@@ -84,13 +85,19 @@ class StateStore:
         """Bytes of all logs behind the last snapshot."""
         return self._num_closed_bytes + self.num_tail_bytes
 
-    def recover(self, new_manager: NewManager) -> FoldedState | None:
+    def recover(
+        self,
+        new_manager: NewManager,
+        on_base: Callable[[BlockManager], None] = nobody_observes,
+    ) -> FoldedState | None:
         """The state of before, and go on behind it; None when there is none.
+
+        `on_base` gets the books as the last snapshot shows them, before the changes since then are applied.
 
         Raises:
             StateError: when it cannot be told what the state was.
         """
-        found = fold_folder(self._folder, new_manager)
+        found = fold_folder(self._folder, new_manager, on_base=on_base)
         if found is not None:
             self._header, self._revision = found.header, found.manager.revision
             self._writer = FrameWriter.resume(found.tail, found.tail_end)

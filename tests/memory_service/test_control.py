@@ -9,11 +9,10 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_faces import SIZE, Call, OneRouter, ask, ints, new_manager, registry_of
+from memory_faces import SIZE, Call, OneRouter, ask, inspection_of, ints, new_manager, registry_of
 
 from memory_service import sharing
 from memory_service.control_servicer import ControlServicer
-from memory_service.inspection_servicer import InspectionServicer
 from memory_service.integrity import check_integrity
 from protos.memory.v1 import control_pb2 as pb
 from protos.memory.v1 import inspection_pb2
@@ -31,7 +30,7 @@ class Pool:
         self.router = OneRouter(self.manager)
         self.registry = registry_of(self.manager)
         self.control = ControlServicer(self.registry)
-        self._inspection = InspectionServicer(self.registry, None)
+        self._inspection = inspection_of(self.registry)
 
     def hit(self, tokens: list[int], *tenants: str) -> int:
         """Tokens that would hit; one more token is run."""

@@ -10,11 +10,10 @@ import pool_driver
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_faces import SIZE, OneRouter, ask, ints, new_manager, registry_of
+from memory_faces import SIZE, OneRouter, ask, inspection_of, ints, new_manager, registry_of
 from pool_driver import TENANTS, PoolDriver
 
 from memory_service.demand import Admit, RefusalReason, StepDemand
-from memory_service.inspection_servicer import InspectionServicer
 from memory_service.integrity import check_integrity
 from memory_service.paging import encode_page_token
 from memory_service.snapshot import export_state
@@ -23,13 +22,14 @@ from quire.errors import BlockNotFound, InvalidRequest, SequenceNotFound
 
 if TYPE_CHECKING:
     from memory_service.block_manager import BlockManager
+    from memory_service.inspection_servicer import InspectionServicer
 
 SEEDS = st.integers(0, 1 << 30)
 STATES = ("FREE", "CACHED", "USED", "NULL")
 
 
 def servicer_of(manager: BlockManager) -> InspectionServicer:
-    return InspectionServicer(registry_of(manager), None)
+    return inspection_of(registry_of(manager))
 
 
 def driven(seed: int, num_acts: int = 60, num_blocks: int = 30, **options: Any) -> PoolDriver:

@@ -11,8 +11,11 @@ import numpy as np
 from memory_service.block_hash import BlockHasher
 from memory_service.block_manager import BlockManager
 from memory_service.demand import Admit, StepDemand
+from memory_service.explanations import Explanations
+from memory_service.inspection_servicer import InspectionServicer
 from memory_service.pool import Pool
 from memory_service.pool_identity import PoolIdentity
+from memory_service.watching import Watching
 from quire.pool_layout import LayerGeometry
 
 if TYPE_CHECKING:
@@ -48,11 +51,21 @@ class FixedRegistry:
     def whole_pool(self) -> Pool:
         return self.pool
 
+    def when_dropped(self, _: object) -> None:
+        """It stays."""
+
 
 def registry_of(manager: BlockManager) -> FixedRegistry:
     """A registry whose pool has these books."""
     num_bytes = IDENTITY.size_bytes(manager.pool.num_blocks)
     return FixedRegistry(Pool("pool-1", IDENTITY, manager, num_bytes, in_writers_memory=False))
+
+
+def inspection_of(registry: Any) -> InspectionServicer:
+    """The servicer of inspection, without a state folder."""
+    explanations = Explanations()
+    explanations.listen_to(registry.pool.manager)
+    return InspectionServicer(registry, None, explanations, Watching(registry, None))
 
 
 def new_manager(num_blocks: int, **options: Any) -> BlockManager:
