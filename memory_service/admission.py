@@ -42,9 +42,9 @@ class Admitter:
         """
         records: list[AdmissionRecord] = []
         budget = demand.admit_token_budget
-        barred: set[str] = set()
-        # A running sequence lacks blocks: nobody new comes in.
-        is_full = any(reason is RefusalReason.NO_BLOCKS for _, reason in answer.refusals)
+        # Running sequences lack blocks: nobody new comes in, or nobody of their tenants.
+        is_full = any(found.reason is RefusalReason.NO_BLOCKS for found in answer.shortages)
+        barred = {found.tenant for found in answer.shortages}
         for admit in demand.admits:
             # Alone in the pool nobody is served by waiting.
             left_over = 0 if is_empty and not records else demand.watermark_blocks
@@ -81,6 +81,10 @@ class Admitter:
         if hit.missing_keys and self._ledger.pool.index.is_in_progress(hit.missing_keys[0]):
             return self._shortage(admit, RefusalReason.PREFIX_IN_PROGRESS)
         shortage = self._find_shortage(admit, tenant, hit, left_over)
+        if shortage is not None and hit.partial_block:
+            # The source of a copy takes a block besides the copy: who needs every block does without.
+            hit = hit.without_copy()
+            shortage = self._find_shortage(admit, tenant, hit, left_over)
         return shortage or self._start(books, step, admit, hit, budget, answer)
 
     def _find_shortage(

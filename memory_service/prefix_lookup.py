@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
@@ -32,6 +32,10 @@ class PrefixHit:
     def num_tokens(self, block_size: int) -> int:
         """Leading tokens that need not be computed."""
         return len(self.block_ids) * block_size + self.num_partial_tokens
+
+    def without_copy(self) -> PrefixHit:
+        """The hit without its partly matching block."""
+        return replace(self, partial_block=0, num_partial_tokens=0)
 
 
 class PrefixLookup:

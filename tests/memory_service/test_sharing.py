@@ -115,6 +115,15 @@ def test_the_source_of_a_copy_is_not_evicted_for_it(steps: Steps) -> None:
     assert {source for source, _ in answer.copies}.isdisjoint(answer.admissions[0].block_table)
 
 
+@pytest.mark.parametrize("hard", [None, 13])
+def test_who_needs_every_block_does_without_a_copy(steps: Steps, hard: int | None) -> None:
+    """The copy's source would be one block too many, of the pool as of a quota."""
+    steps.manager.sharing.set_quota("a", None, hard)
+    steps.run([1, 2, 3, 4, 5], "a")
+    (admission,) = steps.admit([1, 2, *range(50, 50 + 13 * SIZE - 2)], "a").admissions
+    assert (admission.num_cached_tokens, len(admission.block_table)) == (0, 13)
+
+
 def test_a_hard_quota_is_never_exceeded(steps: Steps) -> None:
     """Blocks beyond it come only in exchange for the tenant's own cached ones, though others are free."""
     steps.manager.sharing.set_quota("a", None, 3)

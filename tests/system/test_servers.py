@@ -25,6 +25,7 @@ SERVICES = {
         "quire.memory.v1.MemoryService",
         "quire.memory.v1.PoolService",
         "quire.memory.v1.InspectionService",
+        "quire.memory.v1.ControlService",
     },
 }
 COMMON = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}

@@ -6,7 +6,6 @@ import signal
 import time
 from array import array
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -14,6 +13,7 @@ import psutil
 import pytest
 import torch
 from processes import running_service, wait_until_serving
+from streams import Stream
 from tiny_checkpoints import VOCAB_SIZE, make_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -78,40 +78,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             inspection_pb2_grpc.InspectionServiceStub(to_memory),
             compute_pb2_grpc.ComputeServiceStub(to_compute),
         )
-
-
-class Stream:
-    """One side of a bidirectional call: a message out, a message in."""
-
-    def __init__(self, call: Any) -> None:
-        self._outgoing: SimpleQueue[Any] = SimpleQueue()
-        self._incoming = call(iter(self._outgoing.get, None))
-
-    def ask(self, message: Any) -> Any:
-        """Send, and wait for the answer; raises the error that ends the stream."""
-        self.send(message)
-        return self.receive()
-
-    def send(self, message: Any) -> None:
-        """Send, and do not wait."""
-        self._outgoing.put(message)
-
-    def receive(self) -> Any:
-        """The next answer; raises the error that ends the stream."""
-        try:
-            return next(self._incoming)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from None
-
-    def close(self, *last: Any) -> None:
-        """Send `last`, half-close, and wait until the other side has ended too."""
-        for message in (*last, None):
-            self._outgoing.put(message)
-        assert list(self._incoming) == []
-
-    def cancel(self) -> None:
-        """Break off, as a killed process does."""
-        self._incoming.cancel()
 
 
 def ids(values: list[int]) -> bytes:
