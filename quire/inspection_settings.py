@@ -143,7 +143,6 @@ class InspectWatchSettings(MemoryFlags):
     output: Literal["table", "json"] = Field(
         "table", description="lines for people, or one JSON document a line"
     )
-    tenant: _TenantName = Field(None, description="only what is this tenant's; unset: all")
     resume_token: Annotated[str, Takes("TOKEN")] = Field(
         "", description="go on behind the answer that had this token; unset: begin with a snapshot"
     )
@@ -154,7 +153,9 @@ class TopSettings(MemoryFlags):
 
     interval_s: PositiveFloat = Field(0.5, description="seconds between two pictures")
     once: bool = Field(False, description="print one picture and end; so it is in a pipe")
-    tenant: _TenantName = Field(None, description="only what is this tenant's; unset: all")
+    tenant: _TenantName = Field(
+        None, description="only this tenant's sequences; the rest is of the whole pool"
+    )
     timeout_s: PositiveFloat = Field(10.0, description="seconds to wait for the first picture")
 
 

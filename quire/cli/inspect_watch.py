@@ -21,7 +21,7 @@ def watch(settings: InspectWatchSettings) -> int:
     with (
         reporting_memory_errors(settings, interrupted=0) as outcome,
         PoolInspector(address_of(settings)) as inspector,
-        inspector.watch(resume_token=settings.resume_token, tenant=settings.tenant) as answers,
+        inspector.watch(resume_token=settings.resume_token) as answers,
     ):
         for answer in answers:
             if settings.output == "json":

@@ -37,7 +37,7 @@ def top(argv: Sequence[str]) -> int:
     with (
         reporting_memory_errors(settings, interrupted=0) as outcome,
         PoolInspector(address_of(settings)) as inspector,
-        Watching(inspector, tenant=settings.tenant) as watching,
+        Watching(inspector) as watching,
     ):
         _show(settings, _Eye(inspector, watching, settings.tenant))
     return outcome.status
@@ -49,9 +49,10 @@ class _Eye:
     def __init__(self, inspector: PoolInspector, watching: Watching, tenant: str | None) -> None:
         self._inspector = inspector
         self._watching = watching
-        self._tenant = tenant
+        self._tenant = tenant  # whose sequences are shown; None: all of them
         self._pool: Pool | None = None
-        self._asked_at = -_ASK_EVERY_S
+        self._asked_in = ""  # epoch
+        self._asked_at = 0.0
 
     def wait(self, timeout_s: float) -> None:
         """Wait for the first picture; raises why there is none when nobody answers at all."""
@@ -64,15 +65,16 @@ class _Eye:
         view = self._watching.look()
         if view is not None and self._watching.link.is_up:
             self._ask(view.epoch)
+        if view is not None and self._tenant is not None:
+            view = view.of_tenant(self._tenant)
         return Sight(self._watching.link, view, self._pool, self._watching.num_missed)
 
     def _ask(self, epoch: str) -> None:
-        is_known = self._pool is not None and self._pool.epoch == epoch
-        if is_known and time.monotonic() - self._asked_at < _ASK_EVERY_S:
+        if epoch == self._asked_in and time.monotonic() - self._asked_at < _ASK_EVERY_S:
             return
-        self._asked_at = time.monotonic()
+        self._asked_in, self._asked_at = epoch, time.monotonic()
         try:
-            self._pool = self._inspector.get_pool(tenant=self._tenant, timeout_s=_ASK_TIMEOUT_S)
+            self._pool = self._inspector.get_pool(timeout_s=_ASK_TIMEOUT_S)
         except QuireError:
             # The link tells that the service is away; the last answer is shown beside it.
             return

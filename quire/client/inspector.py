@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self, TypeAlias
 from protos.memory.v1 import inspection_pb2 as pb
 from protos.memory.v1 import inspection_pb2_grpc
 from quire.client.channel import SHORT_TIMEOUT_S
-from quire.client.memory_calls import MemoryConnection, metadata_of
+from quire.client.memory_calls import MemoryConnection
 from quire.client.sync import raising_quire_errors
 from quire.errors import FieldViolation, InvalidRequest
 
@@ -169,10 +169,10 @@ class PoolInspector(MemoryConnection):
         """What does not agree in the pool's books; empty when all is well."""
         return list(self._ask(self._stub.CheckIntegrity, pb.CheckIntegrityRequest()).findings)
 
-    def watch(self, *, resume_token: str = "", tenant: str | None = None) -> Watch:
+    def watch(self, *, resume_token: str = "") -> Watch:
         """The state, then every change, without a deadline; `resume_token` goes on behind an earlier answer.
 
-        Errors come from the iteration. The call is not repeated when the service is away; see `Watching`.
+        It is of the whole pool: when whose blocks change would tell one tenant of others. Errors come from the iteration.
+        The call is not repeated when the service is away; see `Watching`.
         """
-        request = pb.WatchRequest(resume_token=resume_token)
-        return Watch(self._stub.Watch(request, metadata=metadata_of(tenant)))
+        return Watch(self._stub.Watch(pb.WatchRequest(resume_token=resume_token)))

@@ -96,6 +96,11 @@ class MirrorView:
     now: float = 0.0  # by the mirror's clock
     rates: Rates = field(default_factory=Rates)
 
+    def of_tenant(self, name: str) -> MirrorView:
+        """The same with only this tenant's sequences; all else is of the whole pool."""
+        found = {key: one for key, one in self.sequences.items() if one.tenant == name}
+        return replace(self, sequences=found)
+
 
 def read_blocks(runs: Iterable[pb.BlockRun], num_blocks: int) -> tuple[StateArray, CountArray]:
     """States and reference counts by block id; raises ValueError when `runs` leave a block out."""

@@ -38,7 +38,6 @@ class Watching:
 
     Args:
         inspector: what is watched; the caller closes it, after this.
-        tenant: whose part of the pool; None: all of it.
         mirror: takes the answers in.
         clock: seconds that never decrease.
     """
@@ -47,12 +46,10 @@ class Watching:
         self,
         inspector: PoolInspector,
         *,
-        tenant: str | None = None,
         mirror: PoolMirror | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._inspector = inspector
-        self._tenant = tenant
         self._mirror = mirror or PoolMirror()
         self._clock = clock
         self._lock = threading.Lock()  # of all below and of the mirror
@@ -122,7 +119,7 @@ class Watching:
     def _read_stream(self) -> None:
         with self._lock:
             token = self._mirror.begin_stream()
-            watch = self._watch = self._inspector.watch(resume_token=token, tenant=self._tenant)
+            watch = self._watch = self._inspector.watch(resume_token=token)
         # `close` may have looked for a stream to cancel before there was this one.
         if self._stop.is_set():
             watch.cancel()

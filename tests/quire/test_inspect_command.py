@@ -304,7 +304,7 @@ def test_a_watch_prints_changes_until_ctrl_c(
     memory.changes.put(pool.change_since(before, "s", 5))
     command = [QUIRE, "inspect", "watch", "--output", output, "--memory-address", address]
     process = subprocess.Popen(
-        [*command, "--tenant", "red", "--resume-token", "t"],
+        [*command, "--resume-token", "t"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -322,7 +322,7 @@ def test_a_watch_prints_changes_until_ctrl_c(
         assert second == (
             "1  step 5; a/0 started with 2 blocks; 2 blocks changed; 6 free, 0 cached, 2 used\n"
         )
-    assert memory.asked("Watch") == [(pb.WatchRequest(resume_token="t"), {"quire-tenant": "red"})]  # noqa: S106 -- of a stream
+    assert memory.asked("Watch") == [(pb.WatchRequest(resume_token="t"), {})]  # noqa: S106 -- of a stream
 
 
 def test_a_watch_whose_service_ends_is_a_failure(

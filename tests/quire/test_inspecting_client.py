@@ -181,16 +181,16 @@ def test_what_cannot_be_asked_is_refused_at_once(
 
 
 def test_a_watch_begins_where_it_is_told(memory: ScriptedMemory, inspector: PoolInspector) -> None:
-    """The token and the tenant are sent; answers come one by one until it is cancelled."""
+    """The token is sent; answers come one by one until it is cancelled."""
     memory.changes.put(pb.WatchResponse(revision="7"))
-    with inspector.watch(resume_token="t", tenant="red") as answers:  # noqa: S106 -- of a stream
+    with inspector.watch(resume_token="t") as answers:  # noqa: S106 -- of a stream
         assert answers.wait_until_accepted()
         assert next(answers).revision == "7"
         answers.cancel()
         with pytest.raises(RemoteError, match="ancelled"):
             next(answers)
     assert memory.asked("Watch") == [
-        (pb.WatchRequest(resume_token="t"), {"quire-tenant": "red"})  # noqa: S106 -- as above
+        (pb.WatchRequest(resume_token="t"), {})  # noqa: S106 -- as above
     ]
 
 

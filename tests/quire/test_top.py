@@ -137,7 +137,7 @@ def test_in_a_pipe_it_is_one_picture(
     """Plain text: no colours, no cursor moves; status 0."""
     with serving(memory, address):
         ended = subprocess.run(
-            top(address, "--tenant", "red", *flags),
+            top(address, *flags),
             capture_output=True,
             text=True,
             timeout=60,
@@ -147,8 +147,22 @@ def test_in_a_pipe_it_is_one_picture(
     assert "first/0" in ended.stdout
     assert "pool p1   2.5 MiB   40 blocks of 16 tokens" in ended.stdout
     assert "\x1b" not in ended.stdout
-    assert memory.asked("Watch")[0][1] == {"quire-tenant": "red"}
-    assert memory.asked("GetPool")[0][1] == {"quire-tenant": "red"}
+
+
+def test_one_tenants_sequences_can_be_shown(memory: ScriptedMemory, address: str) -> None:
+    """The service shows a watch all of the pool; `--tenant` leaves the sequences of others out of the picture."""
+    pool = pool_with("first")
+    pool.sequences["s", 1] = NaiveSequence("reds/0", "red", [3], 0)
+    memory.changes.get()
+    memory.changes.put(pool.snapshot()[0])
+    with serving(memory, address):
+        ended = subprocess.run(
+            top(address, "--tenant", "red"), capture_output=True, text=True, timeout=60, check=False
+        )
+    assert "reds/0" in ended.stdout
+    assert "first/0" not in ended.stdout
+    assert "used " in ended.stdout
+    assert memory.asked("Watch")[0][1] == {}
 
 
 def test_once_on_a_terminal_leaves_it_alone(memory: ScriptedMemory, address: str) -> None:
