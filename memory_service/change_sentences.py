@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from memory_service.decisions import counted, tenant_words
 from memory_service.public_ids import prefix_name, retention_name
 from memory_service.record import (
     Flushed,
@@ -18,6 +17,7 @@ from memory_service.record import (
     SessionOpened,
     WriterAttached,
 )
+from memory_service.wording import counted, tenant_words
 
 if TYPE_CHECKING:
     from memory_service.record import Change

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, ClassVar, Final
 from memory_service.block_pool import EvictionCause
 from memory_service.demand import RefusalReason
 from memory_service.record import ReleaseReason
+from memory_service.wording import counted, duration, tenant_words
 
 if TYPE_CHECKING:
     from memory_service.demand import Shortage
-
-_LONG_S: Final = 120.0
 
 
 class DecisionKind(Enum):
@@ -143,19 +142,16 @@ class Refused(Decision):
         return f"It needed {needed} while {who}, and {why}."
 
 
-_WAITS: Final = {
+_WAITS: Final = {  # without numbers of its own
     RefusalReason.NO_BLOCKS: "somebody before it lacks blocks, and nobody overtakes",
     RefusalReason.PREFIX_IN_PROGRESS: (
         "a running sequence computes its next block just now, so it will find that one cached"
     ),
     RefusalReason.TOKEN_BUDGET: "those before it used up the tokens of the step",
     RefusalReason.OVER_QUOTA: "a sequence of its tenant before it lacks quota, and it does not overtake",
-    RefusalReason.LARGER_THAN_QUOTA: "it is larger than the hard quota of its tenant",
 }
-_LACKS: Final = {
+_LACKS: Final = {  # with them
     RefusalReason.NO_BLOCKS: "{} could be given",
-    RefusalReason.PREFIX_IN_PROGRESS: "{} could be given",
-    RefusalReason.TOKEN_BUDGET: "{} could be given",
     RefusalReason.OVER_QUOTA: "the hard quota of its tenant had room for {}",
     RefusalReason.LARGER_THAN_QUOTA: (
         "the hard quota of its tenant, which had room for {}, is too small for it in any case"
@@ -271,18 +267,3 @@ _EVICTS: Final = {
         "No block was free, and {0} holds more than its share: this one of its blocks was used least recently"
     ),
 }
-
-
-def tenant_words(name: str) -> str:
-    """A tenant within a sentence."""
-    return f"tenant {name!r}" if name else "the tenant without a name"
-
-
-def duration(seconds: float) -> str:
-    """A length of time within a sentence."""
-    return f"{seconds:.1f} s" if seconds < _LONG_S else f"{seconds / 60:.0f} min"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number of things within a sentence."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

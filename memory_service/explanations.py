@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from memory_service.decisions import (
     Admitted,
@@ -67,13 +67,9 @@ class _Noted:
         self.num_times += newer.num_times
 
 
-class _NotedEviction(NamedTuple):
-    """Kept as it was met: a full pool evicts for every block that it gives, and few of them are asked about."""
-
-    revision: int
-    time: float
-    eviction: Eviction
-    taker_id: str
+# Revision, time, eviction, id of the sequence that got the block. Kept as it was met: a full pool evicts for every block
+# that it gives, and few of them are asked about.
+_NotedEviction: TypeAlias = "tuple[int, float, Eviction, str]"
 
 
 class Explanations:
@@ -191,8 +187,7 @@ class Explanations:
             takers.update(dict.fromkeys(given, admission.row))
         revision, now = record.revision, record.time
         self._evictions.extend(
-            _NotedEviction(revision, now, found, rows[takers[found.block_id]].sequence_id)
-            for found in evictions
+            (revision, now, found, rows[takers[found.block_id]].sequence_id) for found in evictions
         )
 
     # What is told

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         WatchedCounts,
         WatchedEnd,
         WatchedSequence,
+        WatchedStep,
         WatchedTenant,
     )
 
@@ -91,26 +92,32 @@ def _last_part(snapshot: Snapshot) -> pb.WatchSnapshot:
 
 
 def _delta(change: WatchedChange) -> pb.WatchDelta:
-    rows, indexes, block_ids = change.table_changes.T.tolist()
-    return pb.WatchDelta(
+    found = pb.WatchDelta(
         time=timestamp(change.time),
         session_id=change.session_id,
-        step=str(change.step),
-        ended=[_ended(found) for found in change.ended],
-        started=[_sequence(found) for found in change.started],
-        progressed_rows=change.progressed_rows.tolist(),
-        progressed_num_computed_tokens=change.progressed_num_computed.tolist(),
-        table_rows=rows,
-        table_indexes=indexes,
-        table_block_ids=block_ids,
+        step="0",
+        ended=[_ended(each) for each in change.ended],
         changed_block_ids=change.changed_block_ids.tolist(),
         changed_states=change.changed_states.tolist(),
         changed_ref_counts=change.changed_ref_counts.tolist(),
         evicted_block_ids=change.evicted_block_ids,
         counts=_counts(change.counts),
-        tenants=[_tenant(found) for found in change.tenants],
+        tenants=[_tenant(each) for each in change.tenants],
         event=change.event,
     )
+    if change.step is not None:
+        _add_step(found, change.step)
+    return found
+
+
+def _add_step(delta: pb.WatchDelta, step: WatchedStep) -> None:
+    delta.step = str(step.number)
+    delta.started.extend(_sequence(each) for each in step.started)
+    delta.progressed_rows.extend(step.progressed_rows.tolist())
+    delta.progressed_num_computed_tokens.extend(step.progressed_num_computed.tolist())
+    delta.table_rows.extend(row for row, _, _ in step.table_changes)
+    delta.table_indexes.extend(index for _, index, _ in step.table_changes)
+    delta.table_block_ids.extend(block_id for _, _, block_id in step.table_changes)
 
 
 def _ended(found: WatchedEnd) -> pb.EndedSequence:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -17,16 +17,15 @@ from memory_service.tenants import Tenant
 if TYPE_CHECKING:
     from memory_service.block_manager import BlockManager
     from memory_service.demand import IntArray
-    from memory_service.record import Record, ReleaseReason
+    from memory_service.record import Change, Record, ReleaseReason
     from memory_service.sequence_table import SequenceTable
 
 
-def _no_ints() -> IntArray:
-    return np.empty(0, dtype=np.int32)
+_FREE = np.int32(BlockState.FREE)
+_CACHED = np.int32(BlockState.CACHED)
+_USED = np.int32(BlockState.USED)
 
-
-def _no_entries() -> IntArray:
-    return np.empty((0, 3), dtype=np.int32)
+TableChange: TypeAlias = tuple[int, int, int]  # row, index, block that the entry names now
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,33 +127,42 @@ class WatchedCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchedStep:
+    """What a step did to the sequences of its session."""
+
+    number: int
+    progressed_rows: IntArray
+    progressed_num_computed: IntArray
+    started: list[WatchedSequence]
+    table_changes: list[TableChange]
+
+
+@dataclass(frozen=True, slots=True)
 class WatchedChange:
     """One change."""
 
     revision: int
     time: float  # seconds since the epoch
-    counts: WatchedCounts
+    session_id: str
+    event: str  # what happened, in a sentence; empty for a step
+    step: WatchedStep | None
+    ended: list[WatchedEnd]
     changed_block_ids: IntArray
     changed_states: IntArray
     changed_ref_counts: IntArray
+    evicted_block_ids: list[int]
+    counts: WatchedCounts
     tenants: list[WatchedTenant]
-    session_id: str = ""
-    step: int = 0
-    event: str = ""  # what happened, in a sentence; empty for a step
-    ended: list[WatchedEnd] = field(default_factory=list)
-    started: list[WatchedSequence] = field(default_factory=list)
-    progressed_rows: IntArray = field(default_factory=_no_ints)
-    progressed_num_computed: IntArray = field(default_factory=_no_ints)
-    table_changes: IntArray = field(default_factory=_no_entries)  # (row, index, block) each
-    evicted_block_ids: list[int] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
         """About what it takes as a message, and in memory."""
-        num_numbers = 3 * len(self.changed_block_ids) + 2 * len(self.progressed_rows)
-        num_numbers += self.table_changes.size + len(self.evicted_block_ids)
-        num_numbers += sum(len(found.block_table) for found in self.started)
-        num_names = len(self.ended) + 2 * len(self.started) + len(self.tenants)
+        num_numbers = 3 * len(self.changed_block_ids) + len(self.evicted_block_ids)
+        num_names = len(self.ended) + len(self.tenants)
+        if self.step is not None:
+            num_numbers += 2 * len(self.step.progressed_rows) + 3 * len(self.step.table_changes)
+            num_numbers += sum(len(found.block_table) for found in self.step.started)
+            num_names += 2 * len(self.step.started)
         return 256 + 4 * num_numbers + 160 * num_names
 
 
@@ -169,40 +177,44 @@ class ChangeReader:
 
     def read(self, record: Record) -> WatchedChange:
         """The change that `record` tells of, which was made just now and after which nothing was."""
-        change = record.change
-        session_id = self._session_id(record)
-        ended = self._names.follow(change)
-        found = WatchedChange(
+        change, touched = record.change, set(self._manager.pool.touched)
+        before = self._session_id(change)
+        ended = [
+            WatchedEnd(each.row, each.sequence.sequence_id, each.reason)
+            for each in self._names.follow(change)
+        ]
+        session_id = before or self._session_id(change)
+        event, step = "", None
+        if isinstance(change, StepApplied):
+            step = self._step(record.time, change, session_id, ended, touched)
+        else:
+            event = sentence_of(change, session_id, is_known=bool(before))
+        return WatchedChange(
             record.revision,
             record.time,
+            session_id,
+            event,
+            step,
+            ended,
+            *self._changed_blocks(touched),
+            [each.block_id for each in self._manager.pool.evictions],
             WatchedCounts.of(self._manager),
-            *self._changed_blocks(),
-            tenants=self._changed_tenants(),
-            session_id=session_id or self._session_id(record),
-            ended=[WatchedEnd(each.row, each.sequence.sequence_id, each.reason) for each in ended],
-            evicted_block_ids=[each.block_id for each in self._manager.pool.evictions],
-        )
-        if isinstance(change, StepApplied):
-            return self._add_step(found, change)
-        return replace(
-            found, event=sentence_of(change, found.session_id, is_known=bool(session_id))
+            self._changed_tenants(),
         )
 
-    def _session_id(self, record: Record) -> str:
-        """Before an ended session is forgotten, or after a new one is known."""
-        change = record.change
+    def _session_id(self, change: Change) -> str:
+        """Asked before an ended session is forgotten, and after a new one is known."""
         if not isinstance(change, StepApplied | SessionOpened | SessionEnded):
             return ""
         session = self._names.sessions.get(change.session_key)
         return session.session_id if session else ""
 
-    def _changed_blocks(self) -> tuple[IntArray, IntArray, IntArray]:
+    def _changed_blocks(self, touched: set[int]) -> tuple[IntArray, IntArray, IntArray]:
         pool = self._manager.pool
-        ids = np.array(sorted(set(pool.touched)), dtype=np.int32)
+        ids = np.array(sorted(touched), dtype=np.int32)
         ref_counts = pool.ref_counts[ids]
-        states = np.full(len(ids), BlockState.FREE, dtype=np.int32)
-        states[self._index_states[ids] == INDEXED] = BlockState.CACHED
-        states[(ref_counts > 0) | (pool.pins[ids] > 0)] = BlockState.USED
+        states = np.where(self._index_states[ids] == INDEXED, _CACHED, _FREE)
+        states = np.where(ref_counts | pool.pins[ids], _USED, states)
         return ids, states, ref_counts
 
     def _changed_tenants(self) -> list[WatchedTenant]:
@@ -212,28 +224,36 @@ class ChangeReader:
         changed = [found for name, found in now.items() if before.get(name) != found]
         return changed + [WatchedTenant.of(Tenant(name)) for name in before.keys() - now.keys()]
 
-    def _add_step(self, found: WatchedChange, change: StepApplied) -> WatchedChange:
+    def _step(
+        self,
+        now: float,
+        change: StepApplied,
+        session_id: str,
+        ended: list[WatchedEnd],
+        touched: set[int],
+    ) -> WatchedStep:
         table = self._manager.table(change.session_key)
         rows = [fork.dst_row for fork in change.forks]
         rows += [admission.row for admission in change.admissions]
-        gone = rows + [each.row for each in found.ended]
-        return replace(
-            found,
-            step=change.step,
-            started=[WatchedSequence.of(found.session_id, row, table, found.time) for row in rows],
-            progressed_rows=change.commit_rows,
-            progressed_num_computed=change.commit_num_computed_tokens,
-            table_changes=self._table_changes(change, found.changed_block_ids, gone),
+        return WatchedStep(
+            change.step,
+            change.commit_rows,
+            change.commit_num_computed_tokens,
+            [WatchedSequence.of(session_id, row, table, now) for row in rows],
+            _table_changes(change, {*rows, *(each.row for each in ended)}, touched),
         )
 
-    def _table_changes(
-        self, change: StepApplied, changed_block_ids: IntArray, gone: list[int]
-    ) -> IntArray:
-        """Entries of the rows that lived before and live on, in the order in which they changed."""
-        # Sealing touches no block but when a duplicate gives way to the one that stays.
-        remaps = change.seals[np.isin(change.seals[:, 2], changed_block_ids)]
-        entries = np.concatenate([remaps, change.takes[:, :3]])
-        return entries[~np.isin(entries[:, 0], gone)] if gone else entries
+
+def _table_changes(change: StepApplied, gone: set[int], touched: set[int]) -> list[TableChange]:
+    """Entries of the rows that lived before and live on, in the order in which they changed."""
+    # Sealing touches no block but when a duplicate gives way to the one that stays.
+    remaps = [
+        (row, index, block_id)
+        for row, index, block_id in change.seals.tolist()
+        if block_id in touched and row not in gone
+    ]
+    takes = change.takes[:, :3].tolist()
+    return remaps + [(row, index, found) for row, index, found in takes if row not in gone]
 
 
 def watched_tenants(manager: BlockManager) -> dict[str, WatchedTenant]:
