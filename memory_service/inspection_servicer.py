@@ -22,11 +22,11 @@ from memory_service.inspection_messages import (
     table_messages,
     tenant_message,
 )
-from memory_service.integrity import check_integrity
 from memory_service.paging import decode_page_token, encode_page_token, page_size
 from memory_service.pool_messages import pool_message
 from memory_service.pool_view import PoolView
 from memory_service.request_checks import raise_if_any, token_array
+from memory_service.unhurried import check_in_turns, messages_in_turns
 from protos.memory.v1 import inspection_pb2 as pb
 from protos.memory.v1 import inspection_pb2_grpc
 from quire.errors import BlockNotFound, FieldViolation, SequenceNotFound
@@ -148,9 +148,10 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         begin = int(matches.searchsorted(after, side="right"))
         page = matches[begin : begin + size].tolist()
         is_last = begin + size >= len(matches)
+        revision, found = view.manager.revision, [blocks.block(block_id) for block_id in page]
         return pb.ListBlocksResponse(
-            revision=str(view.manager.revision),
-            blocks=[block_message(blocks.block(block_id)) for block_id in page],
+            revision=str(revision),
+            blocks=await messages_in_turns(block_message, found),
             next_page_token="" if is_last else encode_page_token((page[-1],)),
             num_matches=len(matches),
         )
@@ -248,11 +249,10 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         request: pb.CheckIntegrityRequest,
         context: grpc.aio.ServicerContext[pb.CheckIntegrityRequest, pb.CheckIntegrityResponse],
     ) -> pb.CheckIntegrityResponse:
-        """Compare the books."""
+        """Compare the books, part by part, between which steps are answered."""
         manager = self._registry.pool.manager
-        return pb.CheckIntegrityResponse(
-            revision=str(manager.revision), findings=check_integrity(manager)
-        )
+        findings = await check_in_turns(manager)
+        return pb.CheckIntegrityResponse(revision=str(manager.revision), findings=findings)
 
 
 def _filter_violations(request: pb.ListBlocksRequest) -> Iterator[FieldViolation]:

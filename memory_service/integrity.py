@@ -1,140 +1,230 @@
-"""Whether the books of a pool agree with each other."""
+"""Whether the books of a pool agree with each other.
+
+The checks are comparisons of whole arrays. A large pool is checked in parts of a few milliseconds, so that a service can
+answer steps between them: each part holds for any state between two changes, whatever the other parts saw.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from memory_service.block_pool import NULL_BLOCK
+from memory_service.index_integrity import (
+    check_chains,
+    check_keys,
+    check_lineages,
+    check_own_keys,
+)
+from memory_service.prefix_index import INDEXED
+from memory_service.queue_integrity import check_ends, check_links
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+
+    from numpy.typing import NDArray
 
     from memory_service.block_manager import BlockManager
+    from memory_service.block_pool import BlockPool
+    from memory_service.demand import IntArray
     from memory_service.session_books import SessionBooks
-    from memory_service.tenants import Home
+
+_BLOCKS_AT_ONCE: Final = 1 << 13
+_KEYS_AT_ONCE: Final = 256
+_ROWS_AT_ONCE: Final = 64
+_MAX_FINDINGS: Final = 50  # of one part: where more is wrong, the rest is wrong for the same reason
+_UNKNOWN: Final = 0
 
 
 def check_integrity(manager: BlockManager) -> list[str]:
-    """Every disagreement, in a sentence each; empty when all is well. Costs a walk over the pool and all tables."""
-    return [
-        *_check_counts(manager),
-        *_check_references(manager),
-        *_check_pins(manager),
-        *_check_index(manager),
-        *_check_sealed(manager),
-        *_check_homes(manager),
-        *_check_tenants(manager),
-    ]
+    """Every disagreement, in a sentence each; empty when all is well."""
+    parts = (*integrity_parts(manager), *key_parts(manager))
+    return [finding for part in parts for finding in part]
 
 
-def _check_counts(manager: BlockManager) -> Iterator[str]:
+def key_parts(manager: BlockManager) -> Iterator[list[str]]:
+    """Whether blocks have the keys of their tokens, part by part: each is hashed again, 2 s for a million."""
+    for begin in range(0, manager.pool.num_blocks, _KEYS_AT_ONCE):
+        end = min(manager.pool.num_blocks, begin + _KEYS_AT_ONCE)
+        yield _bounded(check_keys(manager, begin, end))
+
+
+def integrity_parts(manager: BlockManager) -> Iterator[list[str]]:
+    """Everything else, part by part. The state may change between two parts."""
+    for whole in (
+        _check_states,
+        _check_references,
+        _check_pins,
+        _check_home_counts,
+        _check_cached_counts,
+        check_ends,
+        _check_tenants,
+    ):
+        yield _bounded(whole(manager))
+    num_blocks = manager.pool.num_blocks
+    for begin in range(0, 2 * num_blocks, _BLOCKS_AT_ONCE):
+        yield _bounded(check_chains(manager, begin, begin + _BLOCKS_AT_ONCE))
+    for begin in range(0, num_blocks, _BLOCKS_AT_ONCE):
+        end = min(num_blocks, begin + _BLOCKS_AT_ONCE)
+        for sliced in (_check_block, check_own_keys, check_lineages, check_links):
+            yield _bounded(sliced(manager, begin, end))
+    yield from _table_parts(manager)
+
+
+def _bounded(findings: Iterable[str]) -> list[str]:
+    found = iter(findings)
+    told = list(islice(found, _MAX_FINDINGS))
+    num_more = sum(1 for _ in found)
+    return [*told, f"and {num_more} more of this kind"] if num_more else told
+
+
+# Blocks
+
+
+def _is_held(pool: BlockPool) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = (pool.ref_counts | pool.pins) != 0
+    return found
+
+
+def _is_indexed(pool: BlockPool) -> NDArray[np.bool_]:
+    found: NDArray[np.bool_] = np.frombuffer(pool.index.states, np.uint8) == INDEXED
+    return found
+
+
+def _check_states(manager: BlockManager) -> Iterator[str]:
     pool = manager.pool
-    free, cached = list(pool.free_blocks()), list(pool.cached_blocks())
-    held = (pool.ref_counts > 0) | (pool.pins > 0)
-    states = Counter([*free, *cached, *np.flatnonzero(held).tolist(), NULL_BLOCK])
-    for block_id in range(pool.num_blocks):
-        if states[block_id] != 1:
-            yield f"block {block_id} is in {states[block_id]} of the states free, cached, used, null"
-    total = 1 + len(free) + len(cached) + int(held.sum())
+    is_held, is_indexed = _is_held(pool), _is_indexed(pool)
+    is_listed = np.zeros(pool.num_blocks, dtype=np.bool_)
+    is_listed[np.array(pool.free)] = True
+    should_be = ~(is_held | is_indexed)
+    if not should_be[NULL_BLOCK]:
+        yield "the null block is in use"
+    should_be[NULL_BLOCK] = False
+    for block_id in np.flatnonzero(is_listed > should_be).tolist():
+        yield f"block {block_id} is in the free list, and in use or in the prefix index"
+    for block_id in np.flatnonzero(is_listed < should_be).tolist():
+        yield f"block {block_id} is neither free nor cached nor used"
+    if (num_twice := pool.num_free - np.count_nonzero(is_listed)) > 0:
+        yield f"{num_twice} blocks are twice in the free list"
+    total = 1 + pool.num_free + pool.num_cached + np.count_nonzero(is_held)
     if total != pool.num_blocks:
         yield f"1 null + free + cached + used is {total}, the pool has {pool.num_blocks}"
+    if len(pool.index) != (num_indexed := np.count_nonzero(is_indexed)):
+        yield f"the prefix index counts {len(pool.index)} blocks and has {num_indexed}"
+
+
+def _check_block(manager: BlockManager, begin: int, end: int) -> Iterator[str]:
+    pool = manager.pool
+    is_indexed = np.frombuffer(pool.index.states, np.uint8)[begin:end] == INDEXED
+    is_held = (pool.ref_counts[begin:end] | pool.pins[begin:end]) != 0
+    has_home = pool.home_ids[begin:end] != 0
+    for offset in np.flatnonzero(is_indexed & ~pool.sealed[begin:end]).tolist():
+        yield f"block {begin + offset} is in the prefix index and not sealed"
+    for offset in np.flatnonzero((is_held | is_indexed) > has_home).tolist():
+        yield f"block {begin + offset} is in use or cached and counts nowhere"
+    for offset in np.flatnonzero((is_held | is_indexed) < has_home).tolist():
+        yield f"block {begin + offset} is free and counts against somebody"
+
+
+# Tables
+
+
+def _entries(books: SessionBooks) -> Iterator[IntArray]:
+    """What all tables of a session hold. Short ones come first: what is masked out is little."""
+    table = books.table
+    rows = np.flatnonzero(table.is_live)
+    rows = rows[np.argsort(table.num_blocks[rows], kind="stable")]
+    for begin in range(0, len(rows), _ROWS_AT_ONCE):
+        some = rows[begin : begin + _ROWS_AT_ONCE]
+        lengths = table.num_blocks[some]
+        width = int(lengths[-1])
+        yield table.entries[some, :width][np.arange(width) < lengths[:, None]]
 
 
 def _check_references(manager: BlockManager) -> Iterator[str]:
-    tables: Counter[int] = Counter()
+    pool = manager.pool
+    held = [np.empty(0, dtype=np.int32)]
     for _, books in manager.sessions:
-        for row, _ in books.table.items():
-            tables.update(books.table.block_table(row).tolist())
-    for block_id, ref_count in enumerate(manager.pool.ref_counts.tolist()):
-        if ref_count != tables[block_id]:
-            yield f"block {block_id} has ref_count {ref_count}, {tables[block_id]} tables hold it"
+        held += _entries(books)
+    num_tables = np.bincount(np.concatenate(held), minlength=pool.num_blocks)
+    for block_id in np.flatnonzero(pool.ref_counts != num_tables).tolist():
+        ref_count = pool.ref_counts[block_id]
+        yield f"block {block_id} has ref_count {ref_count}, {num_tables[block_id]} tables hold it"
 
 
 def _check_pins(manager: BlockManager) -> Iterator[str]:
-    sources: Counter[int] = Counter()
+    pins, sources = manager.pool.pins, Counter[int]()
     for _, books in manager.sessions:
         sources.update(source for _, source in books.unacknowledged_copies)
-    for block_id, pins in enumerate(manager.pool.pins.tolist()):
-        if pins != sources[block_id]:
-            yield f"block {block_id} has {pins} pins, {sources[block_id]} copies read it"
+    for block_id in sorted(sources.keys() | set(np.flatnonzero(pins).tolist())):
+        if pins[block_id] != sources[block_id]:
+            yield f"block {block_id} has {pins[block_id]} pins, {sources[block_id]} copies read it"
 
 
-def _check_index(manager: BlockManager) -> Iterator[str]:
-    pool, index = manager.pool, manager.pool.index
-    indexed, chained = set(index.indexed_blocks()), Counter(index.chained_blocks())
-    for block_id in indexed | set(chained):
-        if chained[block_id] != 1 or block_id not in indexed:
-            yield f"block {block_id} is {chained[block_id]} times in the prefix index"
-    for block_id in indexed:
-        key = index.key_of(block_id)
-        if key is None or index.find(key) != block_id:
-            yield f"block {block_id} does not answer for its own key"
-        if not pool.sealed[block_id]:
-            yield f"block {block_id} is in the prefix index and not sealed"
-    if len(index) != len(indexed):
-        yield f"the prefix index counts {len(index)} blocks and has {len(indexed)}"
-    for block_id in pool.free_blocks():
-        if block_id in indexed:
-            yield f"block {block_id} is free and in the prefix index"
+def _table_parts(manager: BlockManager) -> Iterator[list[str]]:
+    for session_key in list(manager.ledger.sessions):
+        begin, max_num_rows = 0, 1
+        while begin < max_num_rows:
+            books = manager.ledger.sessions.get(session_key)
+            if books is None:  # it ended since
+                break
+            max_num_rows, end = books.table.max_num_rows, begin + _ROWS_AT_ONCE
+            yield _bounded(_check_rows(manager, session_key, books, begin, end))
+            begin = end
 
 
-def _check_sealed(manager: BlockManager) -> Iterator[str]:
-    for session_key, books in manager.sessions:
-        for row, _ in books.table.items():
-            yield from _check_row(manager, books, session_key, row)
-
-
-def _check_row(
-    manager: BlockManager, books: SessionBooks, session_key: int, row: int
+def _check_rows(
+    manager: BlockManager, session_key: int, books: SessionBooks, begin: int, end: int
 ) -> Iterator[str]:
-    where = f"session {session_key} row {row}"
-    entries = books.table.block_table(row)
+    for row in (begin + np.flatnonzero(books.table.is_live[begin:end])).tolist():
+        yield from _check_row(manager, books, f"session {session_key} row {row}", row)
+
+
+def _check_row(manager: BlockManager, books: SessionBooks, where: str, row: int) -> Iterator[str]:
+    entries, pool = books.table.block_table(row), manager.pool
     num_full = int(books.table.num_computed[row]) // manager.block_size
     if num_full > len(entries):
         yield f"{where} has {num_full} full blocks and a table of {len(entries)}"
-    if not manager.pool.sealed[entries[:num_full]].all():
+    full = entries[:num_full]
+    if not pool.sealed[full].all():
         yield f"{where} has an acknowledged full block that is not sealed"
     if manager.prefix_cache_enabled:
-        for block_id in entries[:num_full].tolist():
-            if manager.pool.index.key_of(block_id) is None:
-                yield f"{where} has a full block {block_id} without a key"
+        states = np.frombuffer(pool.index.states, np.uint8)[full]
+        for block_id in full[states == _UNKNOWN].tolist():
+            yield f"{where} has a full block {block_id} without a key"
 
 
-def _check_homes(manager: BlockManager) -> Iterator[str]:
+# Homes and tenants
+
+
+def _check_home_counts(manager: BlockManager) -> Iterator[str]:
     pool = manager.pool
-    counted = Counter(pool.home_ids.tolist())
-    for block_id in np.flatnonzero(pool.home_ids == 0).tolist():
-        if pool.ref_counts[block_id] or pool.index.is_indexed(block_id):
-            yield f"block {block_id} is in use and counts nowhere"
-    for block_id in pool.free_blocks():
-        if pool.home_ids[block_id]:
-            yield f"block {block_id} is free and counts against somebody"
-    for home_id in counted.keys() - {0} - pool.homes.keys():
+    counted = np.bincount(pool.home_ids, minlength=pool.last_home_id + 1)
+    counted[0] = 0
+    for home_id in set(np.flatnonzero(counted).tolist()) - pool.homes.keys():
         yield f"{counted[home_id]} blocks count in home {home_id}, which is not there"
     for home in pool.homes.values():
-        where = f"home {home.home_id} of tenant {home.tenant.name!r}"
         if counted[home.home_id] != home.num_blocks:
+            where = f"home {home.home_id} of tenant {home.tenant.name!r}"
             yield f"{where} counts {home.num_blocks} blocks and has {counted[home.home_id]}"
-        yield from _check_list(manager, home, where)
     num_retained = sum(home.num_blocks for home in pool.homes.values() if home.priority)
     if num_retained != pool.num_retained:
         yield f"{pool.num_retained} blocks are counted as retained, {num_retained} are"
 
 
-def _check_list(manager: BlockManager, home: Home, where: str) -> Iterator[str]:
+def _check_cached_counts(manager: BlockManager) -> Iterator[str]:
     pool = manager.pool
-    listed = list(pool.queue.blocks(home))
-    if len(listed) != home.num_cached:
-        yield f"{where} counts {home.num_cached} cached blocks and lists {len(listed)}"
-    stamps = [pool.queue.stamps[block_id] for block_id in listed]
-    if stamps != sorted(stamps):
-        yield f"{where} has its cached blocks out of order"
-    for block_id in listed:
-        if pool.home_ids[block_id] != home.home_id:
-            yield f"{where} lists block {block_id}, which counts elsewhere"
+    is_cached = _is_indexed(pool) & ~_is_held(pool)
+    counted = np.bincount(pool.home_ids * is_cached, minlength=pool.last_home_id + 1)
+    for home in pool.homes.values():
+        if counted[home.home_id] != home.num_cached:
+            where = f"home {home.home_id} of tenant {home.tenant.name!r}"
+            yield f"{where} counts {home.num_cached} cached blocks and has {counted[home.home_id]}"
+    if (num_cached := np.count_nonzero(is_cached)) != pool.num_cached:
+        yield f"{pool.num_cached} blocks are counted as cached, {num_cached} are"
 
 
 def _check_tenants(manager: BlockManager) -> Iterator[str]:

@@ -135,13 +135,14 @@ class PoolView:
     def counts(self) -> BlockCounts:
         """Blocks in use."""
         pool = self.manager.pool
-        num_used = int(((pool.ref_counts | pool.pins) > 0).sum())
+        num_used = int(np.count_nonzero(pool.ref_counts | pool.pins))
         shared, pinned, num_retained = pool.ref_counts > 1, pool.pins > 0, pool.num_retained
         if self.tenant is not None:
             own = self.own_blocks()
             shared, pinned = shared & own, pinned & own
             num_retained = sum(found.home.num_blocks for found in self.retentions())
-        return BlockCounts(num_used, int(shared.sum()), int(pinned.sum()), num_retained)
+        num_shared, num_pinned = (int(np.count_nonzero(each)) for each in (shared, pinned))
+        return BlockCounts(num_used, num_shared, num_pinned, num_retained)
 
     def own_blocks(self) -> NDArray[np.bool_]:
         """Which blocks count against the tenant; only asked for one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -12,10 +13,37 @@ from memory_service.block_hash import HASH_BYTES, BlockHash
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from numpy.typing import NDArray
+
     from memory_service.demand import IntArray
 
 _NONE: Final = 0  # the null block is never indexed, so it ends every list
 _UNKNOWN, _FORGOTTEN, INDEXED = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class IndexArrays:
+    """The two hash tables of an index."""
+
+    mask: int
+    keys: NDArray[np.uint32]  # `[num_blocks, 4]`
+    lineages: NDArray[np.uint32]  # likewise
+    states: NDArray[np.uint8]
+    heads: IntArray  # first block of each slot; 0: none
+    chain: IntArray  # block behind each one in its slot
+    first: IntArray  # the same for lineages
+    next: IntArray
+    previous: IntArray
+
+    def slots(self, block_ids: NDArray[np.intp]) -> NDArray[np.uint32]:
+        """Where the keys of blocks belong."""
+        found: NDArray[np.uint32] = self.keys[block_ids, 0] & np.uint32(self.mask)
+        return found
+
+    def lineage_slots(self, block_ids: NDArray[np.intp]) -> NDArray[np.uint32]:
+        """Where the lineages of blocks belong."""
+        found: NDArray[np.uint32] = self.lineages[block_ids, 0] & np.uint32(self.mask)
+        return found
 
 
 class PrefixIndex:
@@ -151,12 +179,17 @@ class PrefixIndex:
         """Ids of the blocks that can be hit, ascending."""
         return iter(np.flatnonzero(np.frombuffer(self.states, np.uint8) == INDEXED).tolist())
 
-    def chained_blocks(self) -> Iterator[int]:
-        """Every block that a look-up can end at, for checks."""
-        for head in self._heads:
-            while head:
-                yield head
-                head = self._chain[head]  # noqa: PLW2901 -- it walks the chain that it heads
+    def arrays(self) -> IndexArrays:
+        """Both tables as views, for checks. Not to be kept: nor read after the next change."""
+        keys, lineages = (np.frombuffer(found, "<u4") for found in (self.keys, self.lineages))
+        links = (self._heads, self._chain, self._first, self._next, self._previous)
+        return IndexArrays(
+            self._mask,
+            keys.reshape(-1, HASH_BYTES // 4),
+            lineages.reshape(-1, HASH_BYTES // 4),
+            np.frombuffer(self.states, np.uint8),
+            *(np.frombuffer(found, np.int32) for found in links),
+        )
 
     def oldest_first(self) -> Iterator[int]:
         """The blocks of every lineage, oldest first: adding them in this order makes the same lists again."""
