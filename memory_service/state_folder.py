@@ -56,6 +56,11 @@ class StateFolder:
         first = self.bases()[-1]
         return sum(self.log(start).stat().st_size for start in self.logs() if start >= first)
 
+    def num_snapshot_bytes(self) -> int:
+        """Bytes of the newest snapshot; 0 when there is none."""
+        newest = self.snapshot(self.bases()[-1])
+        return newest.stat().st_size if newest.exists() else 0
+
     def _files(self) -> list[tuple[int, Path]]:
         """All logs and snapshots with their revisions, lowest first."""
         names = (_NAME.fullmatch(found.name) for found in self.path.glob("*.quire"))

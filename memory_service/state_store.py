@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from memory_service.recovery import FoldedState, NewManager
 
 _RETRY_S: Final = 60.0
+_SNAPSHOT_SHARE: Final = 4
 
 _logger = structlog.get_logger()
 
@@ -41,7 +42,8 @@ class StateStore:
 
     Args:
         path: the folder.
-        compact_size_bytes: how long a log may get.
+        compact_size_bytes: how long a log may get; a quarter of the last snapshot where that is more, so that the work of
+            making snapshots stays in proportion to the changes.
         history_bytes: most bytes of closed logs and older snapshots that are kept for `quire replay`.
         clock: seconds, monotonic.
 
@@ -67,6 +69,7 @@ class StateStore:
         self._writer: FrameWriter | None = None
         self._revision = 0  # of the last record
         self._num_closed_bytes = 0  # of logs that no snapshot shows yet
+        self._num_snapshot_bytes = 0
         self._compaction: CompactionProcess | None = None
         self.retry_at = 0.0  # seconds of the clock: no compaction begins before
 
@@ -102,6 +105,7 @@ class StateStore:
             self._header, self._revision = found.header, found.manager.revision
             self._writer = FrameWriter.resume(found.tail, found.tail_end)
             self._num_closed_bytes = self._folder.num_log_bytes() - found.tail_end
+            self._num_snapshot_bytes = self._folder.num_snapshot_bytes()
         return found
 
     def begin(self, pool_id: str, pool: PoolDescription) -> None:
@@ -116,7 +120,7 @@ class StateStore:
         if self._writer is not None:
             self._writer.close()
         self._writer = self._header = None
-        self._num_closed_bytes = 0
+        self._num_closed_bytes = self._num_snapshot_bytes = 0
         self._folder.clear()
 
     def append(self, record: Record) -> None:
@@ -146,7 +150,8 @@ class StateStore:
             self._compaction_failed(str(error))
 
     def _rotate_if_long(self, header: LogHeader) -> None:
-        is_long = self.num_tail_bytes > self._compact_size_bytes
+        most = max(self._compact_size_bytes, self._num_snapshot_bytes // _SNAPSHOT_SHARE)
+        is_long = self.num_tail_bytes > most
         if is_long and self._revision > header.revision:
             assert self._writer is not None
             self._num_closed_bytes += self.num_tail_bytes
@@ -174,7 +179,10 @@ class StateStore:
         else:
             self._compaction = None
             self._num_closed_bytes = 0
-            _logger.info("compacted", revision=compaction.revision)
+            self._num_snapshot_bytes = self._folder.num_snapshot_bytes()
+            _logger.info(
+                "compacted", revision=compaction.revision, num_bytes=self._num_snapshot_bytes
+            )
             self._folder.forget(self._history_bytes)
 
     def _compaction_failed(self, reason: str) -> None:

@@ -48,7 +48,7 @@ BlockSize = Annotated[int, AfterValidator(_power_of_two)]
 MetadataKey = Annotated[str, AfterValidator(_metadata_key)]
 MetricsAddress = Annotated[str, BeforeValidator(_off_is_a_word)]
 DEFAULT_MEMORY_BUDGET = ByteSize(1 << 30)
-DEFAULT_LOG_COMPACT_SIZE = ByteSize(16 << 20)
+DEFAULT_LOG_COMPACT_SIZE = ByteSize(4 << 20)  # folded in less than half a second
 DEFAULT_LOG_HISTORY = ByteSize(64 << 20)
 DEFAULT_ROUTER_ADDRESS = "127.0.0.1:7071"
 
@@ -57,7 +57,7 @@ class CommonSettings(BaseSettings):
     """What all processes share."""
 
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
+        defer_build=True, env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True
     )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -79,7 +79,7 @@ class ServiceSettings(CommonSettings):
     )
 
 
-class _PoolSettings(BaseSettings):
+class _PoolSettings(BaseSettings, defer_build=True):
     """The KV pool."""
 
     memory_budget: ByteSize = Field(
@@ -104,7 +104,7 @@ class _PoolSettings(BaseSettings):
     )
 
 
-class _ModelSettings(BaseSettings):
+class _ModelSettings(BaseSettings, defer_build=True):
     """The model and how it runs."""
 
     model: str = Field(
@@ -126,7 +126,7 @@ class _ModelSettings(BaseSettings):
     )
 
 
-class _ResumptionSettings(BaseSettings):
+class _ResumptionSettings(BaseSettings, defer_build=True):
     """How the compute service outlives the memory service."""
 
     memory_patience_s: PositiveFloat = Field(
@@ -134,7 +134,7 @@ class _ResumptionSettings(BaseSettings):
     )
 
 
-class _SchedulingSettings(BaseSettings):
+class _SchedulingSettings(BaseSettings, defer_build=True):
     """What runs and what waits."""
 
     max_num_seqs: PositiveInt = Field(64, description="sequences that run at once")
@@ -148,7 +148,7 @@ class _SchedulingSettings(BaseSettings):
     )
 
 
-class _TenantSettings(BaseSettings):
+class _TenantSettings(BaseSettings, defer_build=True):
     """Who a call belongs to; without any of it all calls belong to one tenant."""
 
     tenants: Path | None = Field(
@@ -160,7 +160,7 @@ class _TenantSettings(BaseSettings):
     )
 
 
-class _CompatSettings(BaseSettings):
+class _CompatSettings(BaseSettings, defer_build=True):
     """Under which names metrics are told."""
 
     metrics_compat: Literal["none", "vllm"] = Field(

@@ -168,6 +168,23 @@ def test_history_is_kept_up_to_its_size(tmp_path: Path) -> None:
     assert (folder.logs(), folder.bases()) == ([last], [last])
 
 
+def test_log_grows_with_the_snapshot(tmp_path: Path) -> None:
+    """A log is closed when it is longer than a quarter of the snapshot before it, however short it may be by itself."""
+    folder = three_logs(tmp_path)
+    last = folder.logs()[-1]
+    write_snapshot(folder, last, folder.snapshot(last))
+    quarter = folder.snapshot(last).stat().st_size // 4
+    with closing(open_store(tmp_path, compact_size_bytes=0)) as store:
+        manager = recover(store)
+        manager.on_record = store.append
+        while store.num_tail_bytes <= quarter:
+            store.tend()
+            assert folder.logs()[-1] == last
+            manager.attach_writer(1, 2, 3)
+        store.tend()
+        assert folder.logs()[-1] == manager.revision
+
+
 def test_failed_compaction_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compaction that fails stops nothing; a minute later another one is begun, though the log has not grown."""
     clock = Clock()
