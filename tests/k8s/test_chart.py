@@ -145,16 +145,19 @@ def test_random_values(monkeypatch: pytest.MonkeyPatch, values: Object) -> None:
 
 
 def assert_sizes(rendering: Rendering, values: Object) -> None:
-    """What follows from the pool's size, follows from it."""
-    pool = values.get("pool", {}).get("sizeMiB", 1024)
+    """What follows from the pool's size and its log's, follows from them."""
+    given = values.get("pool", {})
+    pool = given.get("sizeMiB", 1024)
+    logs = 2 * given.get("logCompactMiB", 4) + given.get("logHistoryMiB", 64)
     engine = rendering.named("StatefulSet", "-engine")["spec"]["template"]["spec"]
     (state,) = [found for found in engine["volumes"] if found["name"] == "state"]
-    assert state["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{pool + 16}Mi"}
+    tmpfs = pool + logs + 184
+    assert state["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{tmpfs}Mi"}
     if values.get("profile") == "single-container":
         compute = values.get("compute", {}).get("memoryMiB", 8192)
-        owner, expected = rendering.container("quire"), pool + 512 + compute + 512
+        owner, expected = rendering.container("quire"), tmpfs + 256 + compute + 512
     else:
-        owner, expected = rendering.container("memory"), pool + 512
+        owner, expected = rendering.container("memory"), tmpfs + 256
     assert f"--memory-budget={pool}MiB" in owner.arguments
     assert owner.spec["resources"]["limits"]["memory"] == f"{expected}Mi"
 

@@ -107,7 +107,13 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each value of scheduling, model, pool, memory and drain arrives in the settings that it is meant for."""
     values = {
         "model": {"dtype": "float32", "maxModelLen": 512, "blockSize": 32, "servedName": "mine"},
-        "pool": {"sizeMiB": 128, "prefixCache": False},
+        "pool": {
+            "sizeMiB": 128,
+            "prefixCache": False,
+            "minPartialTokens": 0,
+            "logCompactMiB": 2,
+            "logHistoryMiB": 9,
+        },
         "scheduling": {
             "maxNumSeqs": 8,
             "maxNumBatchedTokens": 256,
@@ -131,6 +137,8 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(router, RouterSettings)
     assert (memory.memory_budget, memory.prefix_cache) == (128 << 20, False)
     assert (memory.lease_ttl_s, memory.max_num_rows) == (2.5, 16)
+    assert memory.min_partial_tokens == 0
+    assert (memory.log_compact_size, memory.log_history) == (2 << 20, 9 << 20)
     assert (compute.dtype, compute.max_model_len, compute.block_size) == ("float32", 512, 32)
     assert (compute.num_threads, compute.metrics_listen) == (3, "off")
     assert compute.memory_patience_s == 7.5

@@ -136,8 +136,8 @@ claims:
 - name: memory-tmp
   emptyDir: {sizeLimit: 64Mi}
 {{ end -}}
-# The pool's file. The memory service reserves it all when compute first attaches, so its pages count against the memory
-# container's limit.
+# The pool's file, which the memory service reserves when compute first attaches, and the log of its changes. All of it
+# counts against the memory container's limit.
 - name: state
   emptyDir: {medium: Memory, sizeLimit: {{ include "quire.stateMiB" . }}Mi}
 - name: compute-tmp

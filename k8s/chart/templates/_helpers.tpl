@@ -57,14 +57,18 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 
 {{/* Numbers that follow from others; each prints an integer. */}}
 
-{{/* What the memory service needs beside the pool: the interpreter, tables, the prefix index. */}}
-{{- define "quire.memoryMiB" -}}
-{{- add (int64 .Values.pool.sizeMiB) 512 -}}
+{{/* The pool's file and what lies beside it, since a full tmpfs ends the memory service: a log that is folded and the one
+     behind it, the older ones, and 184 MiB for two snapshots of 400,000 blocks and logs that grow with them. */}}
+{{- define "quire.stateMiB" -}}
+{{- with .Values.pool -}}
+{{- add (int64 .sizeMiB) (mul 2 (int64 .logCompactMiB)) (int64 .logHistoryMiB) 184 -}}
+{{- end -}}
 {{- end }}
 
-{{/* The pool's file and what lies beside it. */}}
-{{- define "quire.stateMiB" -}}
-{{- add (int64 .Values.pool.sizeMiB) 16 -}}
+{{/* All of the tmpfs, and twice, for compaction, the interpreter and the books. With default values 512 MiB beside the
+     pool. */}}
+{{- define "quire.memoryMiB" -}}
+{{- add (include "quire.stateMiB" . | int64) 256 -}}
 {{- end }}
 
 {{/* The pool, memory's own, compute's own and the router's 512 MiB in one container. */}}

@@ -144,6 +144,9 @@ limits:
 - --memory-budget={{ int64 .Values.pool.sizeMiB }}MiB
 - --state-dir=/var/lib/quire
 - --{{ if not .Values.pool.prefixCache }}no-{{ end }}prefix-cache
+- --min-partial-tokens={{ int64 .Values.pool.minPartialTokens }}
+- --log-compact-size={{ int64 .Values.pool.logCompactMiB }}MiB
+- --log-history={{ int64 .Values.pool.logHistoryMiB }}MiB
 {{- end }}
 
 {{- define "quire.modelFlags" -}}
