@@ -13,14 +13,21 @@ from memory_service.watch_messages import WatchMessages, parse_resume_token
 from quire.errors import FieldViolation, InvalidRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from typing import Protocol
 
-    from memory_service.call_tenant import Call
+    from memory_service import call_tenant
     from memory_service.pool import Pool
     from memory_service.pool_registry import PoolRegistry
     from memory_service.state_store import StateStore
     from memory_service.watch_hub import ResumePoint, RingBounds, Watcher
     from protos.memory.v1 import inspection_pb2 as pb
+
+    class Call(call_tenant.Call, Protocol):
+        """What of a servicer's context is needed here."""
+
+        def send_initial_metadata(self, initial_metadata: tuple[()]) -> Awaitable[None]:
+            """Tell the caller that the call was taken on."""
 
 
 class Watching:
@@ -64,6 +71,8 @@ class Watching:
         woken = asyncio.Event()
         watcher = self._join(parse_resume_token(token), woken)
         try:
+            # Who resumes while nothing changes would else hear nothing, as from a service that is away.
+            await call.send_initial_metadata(())
             while True:
                 woken.clear()
                 for answer in watcher.answers():
@@ -90,7 +99,7 @@ class Watching:
             self._hub = None
 
 
-def _refuse_tenant(call: Call) -> None:
+def _refuse_tenant(call: call_tenant.Call) -> None:
     """Which blocks change, and when, would tell a tenant what others do."""
     if tenant_of(call) is not None:
         description = "must be absent: a watch shows the whole pool, all tenants' part of it"

@@ -39,6 +39,9 @@ class Call:
     def invocation_metadata(self) -> list[tuple[str, str]]:
         return [("user-agent", "test"), *(("quire-tenant", found) for found in self._tenants)]
 
+    async def send_initial_metadata(self, _: object) -> None:
+        """Nobody waits for it."""
+
 
 @dataclass
 class FixedRegistry:
