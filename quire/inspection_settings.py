@@ -152,7 +152,7 @@ class TopSettings(MemoryFlags):
     """Show the pool live: its blocks, sequences, tenants and rates; q or Ctrl-C ends."""
 
     interval_s: PositiveFloat = Field(0.5, description="seconds between two pictures")
-    once: bool = Field(False, description="print one picture and end; so it is in a pipe")
+    once: bool = Field(False, description="print one picture after the interval and end; so it is in a pipe")
     tenant: _TenantName = Field(
         None, description="only this tenant's sequences; the rest is of the whole pool"
     )

@@ -74,7 +74,7 @@ def _wish(
         told = "" if verdict == _REJECTED else facts(answer)
         return "; ".join(filter(None, [verdict, told, answer.reason]))
 
-    return _ask(settings, wish, tell, lambda answer: cell_of(answer, "verdict") == _REJECTED)
+    return _ask(settings, wish, tell, lambda answer: int(cell_of(answer, "verdict") == _REJECTED))
 
 
 def _quota(settings: QuotaSettings) -> int:

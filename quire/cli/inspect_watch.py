@@ -26,29 +26,28 @@ def watch(settings: InspectWatchSettings) -> int:
         for answer in answers:
             if settings.output == "json":
                 print_json([answer])
-            else:
-                say(console, line_of(answer))
+            elif (line := line_of(answer)) is not None:
+                say(console, line)
     return outcome.status
 
 
-def line_of(answer: client.WatchAnswer) -> str:
-    """One answer of the stream in one line."""
+def line_of(answer: client.WatchAnswer) -> str | None:
+    """One answer of the stream in one line; None for the parts of a snapshot before the last one."""
     kind = answer.WhichOneof("content")
     if kind == "missed":
         words = [f"changes after revision {answer.missed.last_revision or '-'} were missed"]
     elif kind == "snapshot":
-        words = list(_of_snapshot(answer))
+        if not answer.snapshot.last:
+            return None
+        words = list(_of_snapshot(answer.snapshot.counts))
     else:
         words = list(_of_delta(answer))
     return f"{answer.revision}  " + "; ".join(words)
 
 
-def _of_snapshot(answer: client.WatchAnswer) -> Iterator[str]:
-    part = answer.snapshot
-    num_blocks = sum(run.num_blocks for run in part.block_runs)
-    yield f"snapshot of {num_blocks} blocks and {len(part.sequences)} sequences"
-    if part.last:
-        yield _of_counts(answer.snapshot.counts)
+def _of_snapshot(counts: client.PoolCounts) -> Iterator[str]:
+    yield f"snapshot of {counts.num_blocks} blocks and {counts.num_sequences} sequences"
+    yield _of_counts(counts)
 
 
 def _of_delta(answer: client.WatchAnswer) -> Iterator[str]:

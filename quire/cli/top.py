@@ -84,6 +84,7 @@ def _show(settings: TopSettings, eye: _Eye) -> None:
     console = make_console()
     eye.wait(settings.timeout_s)
     if settings.once or not console.is_terminal:
+        time.sleep(settings.interval_s)  # rates need some time to be of
         _print_once(eye, console)
     else:
         _draw(settings, eye, console)

@@ -149,7 +149,7 @@ def _rates(view: MirrorView) -> list[Text]:
         _text(f"{rates.tokens_per_s:.0f} tokens/s"),
         _text(f"hit rate {hit_rate}"),
         _text(f"{rates.evictions_per_s:.1f} evictions/s"),
-        Text(f"over {rates.seconds:.0f} s", "bright_black"),
+        Text(f"over {rates.seconds:.1f} s", "bright_black"),
     ]
 
 

@@ -295,9 +295,10 @@ def test_a_reader_that_has_enough_is_no_failure(memory: ScriptedMemory, address:
 def test_a_watch_prints_changes_until_ctrl_c(
     output: str, memory: ScriptedMemory, address: str
 ) -> None:
-    """A line for each answer as it comes; Ctrl-C ends it well."""
+    """A line for each change and each whole snapshot; Ctrl-C ends it well."""
     pool = NaivePool(9)
-    memory.changes.put(pool.snapshot()[0])
+    for answer in pool.snapshot(1 if output == "json" else 3):
+        memory.changes.put(answer)
     before = pool.copy()
     pool.revision = 1
     pool.sequences["s", 0] = NaiveSequence("a/0", "", [1, 2], 0)
