@@ -77,6 +77,7 @@ async def _serve(settings: MemorySettings) -> None:
         state_dir=settings.state_dir,
         prefix_cache_enabled=settings.prefix_cache,
         min_partial_tokens=settings.min_partial_tokens,
+        on_broken=_end_broken,
     )
     registry.when_writer_attached(lambda attached: _note(registry, attached))
     explanations = Explanations()
@@ -145,6 +146,13 @@ def _restore(keeper: PoolKeeper, sessions: Sessions, settings: MemorySettings) -
     except StateError as error:
         message = f"{error}; to start with an empty pool, move {settings.state_dir} away"
         raise StateError(message) from error
+
+
+def _end_broken(error: Exception) -> NoReturn:
+    """The books are in a state that no record tells of: another process goes on from what was told."""
+    _logger.error("books_broken", exc_info=error)
+    print(f"error: a change of the pool's books failed: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _end_at_once(error: LogUnwritable) -> NoReturn:

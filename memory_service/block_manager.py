@@ -7,7 +7,8 @@ anything is applied. Every change is told as a record before the method that mad
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
@@ -44,6 +45,10 @@ def _nobody_listens(_: Record) -> None:
     pass
 
 
+def _raise(error: Exception) -> NoReturn:
+    raise error
+
+
 class BlockManager:
     """All sessions' sequences over one pool. Not thread-safe: one loop owns it.
 
@@ -74,11 +79,12 @@ class BlockManager:
         # The log comes first: nobody is told what it does not know.
         self.on_record: Callable[[Record], None] = _nobody_listens
         self.observers: list[Callable[[Record], None]] = []
+        self.on_broken: Callable[[Exception], NoReturn] = _raise
         self.clock = clock
         self._slots = SlotAllocator(self.ledger)
         self._lookup = PrefixLookup(self.ledger, min_partial_tokens)
         self._admitter = Admitter(self.ledger, self._lookup)
-        self.sharing = Sharing(self.ledger, self._lookup, self._begin, self._tell)
+        self.sharing = Sharing(self.ledger, self._lookup, self._changing, self._tell)
 
     @property
     def revision(self) -> int:
@@ -119,21 +125,21 @@ class BlockManager:
         self, session_key: int, max_num_rows: int, session_id: str = "", generation: int = 1
     ) -> None:
         """Keep books for a new session, or note that a new stream resumes it."""
-        self._begin()
-        self.ledger.open_session(session_key, session_id, max_num_rows, generation)
-        self._tell(SessionOpened(session_key, session_id, max_num_rows, generation))
+        with self._changing():
+            self.ledger.open_session(session_key, session_id, max_num_rows, generation)
+            self._tell(SessionOpened(session_key, session_id, max_num_rows, generation))
 
     def close_session(self, session_key: int) -> None:
         """Return all that the session holds."""
-        self._begin()
-        self.ledger.end_session(session_key)
-        self._tell(SessionEnded(session_key))
+        with self._changing():
+            self.ledger.end_session(session_key)
+            self._tell(SessionEnded(session_key))
 
     def attach_writer(self, generation: int, pid: int, started_ticks: int) -> None:
         """A compute service was let in."""
-        self._begin()
-        self.ledger.writer = (generation, pid, started_ticks)
-        self._tell(WriterAttached(generation, pid, started_ticks))
+        with self._changing():
+            self.ledger.writer = (generation, pid, started_ticks)
+            self._tell(WriterAttached(generation, pid, started_ticks))
 
     # Steps
 
@@ -141,7 +147,10 @@ class BlockManager:
         """Apply one step; raises `BrokenContract` before anything was changed."""
         books = self.ledger.sessions[session_key]
         DemandCheck(books.table, self.block_size).check(demand)
-        self._begin()
+        with self._changing():
+            return self._apply(session_key, books, demand)
+
+    def _apply(self, session_key: int, books: SessionBooks, demand: StepDemand) -> StepAnswer:
         answer = StepAnswer(demand.step)
         num_copies = len(books.unacknowledged_copies)
         self.ledger.acknowledge(books, demand.acknowledged_step)
@@ -173,8 +182,14 @@ class BlockManager:
             )
         return answer
 
-    def _begin(self) -> None:
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A change that is made whole and told. One that fails half way leaves a state that no record tells of."""
         self.pool.begin_change(self.clock())
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 -- whatever it is, nobody may go on from there
+            self.on_broken(error)
 
     def _tell(self, change: Change) -> None:
         self.ledger.revision += 1

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memory_service.call_tenant import NO_TENANT, name_violation, tenant_of
+from memory_service.call_tenant import NO_TENANT, TENANT_KEY, name_violation, tenant_of
 from memory_service.inspection_messages import tenant_message, timestamp
 from memory_service.public_ids import parse_prefix, parse_retention, prefix_name, retention_name
 from memory_service.request_checks import raise_if_any, token_array
 from memory_service.tenants import MAX_PRIORITY
 from protos.memory.v1 import control_pb2 as pb
 from protos.memory.v1 import control_pb2_grpc
-from quire.errors import FieldViolation, NoPool
+from quire.errors import FieldViolation, InvalidRequest, NoPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +47,8 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext[pb.SetQuotaRequest, pb.SetQuotaResponse],
     ) -> pb.SetQuotaResponse:
         """Bound a tenant."""
-        raise_if_any(_quota_violations(request, tenant_of(context)))
+        _refuse_tenant(context, "no tenant bounds itself or others")
+        raise_if_any(_quota_violations(request))
         manager = self._manager
         manager.sharing.set_quota(
             request.tenant,
@@ -136,7 +137,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext[pb.PublishPrefixRequest, pb.PublishPrefixResponse],
     ) -> pb.PublishPrefixResponse:
         """Let all tenants share a run of tokens."""
-        tenant_of(context)
+        _refuse_tenant(context, "what all tenants share is published for all of them")
         manager = self._manager
         token_ids = token_array("token_ids", request.token_ids, manager)
         raise_if_any([_block_violation(len(token_ids), manager.block_size)])
@@ -155,7 +156,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext[pb.WithdrawPrefixRequest, pb.WithdrawPrefixResponse],
     ) -> pb.WithdrawPrefixResponse:
         """End the sharing of a prefix."""
-        tenant_of(context)
+        _refuse_tenant(context, "what all tenants share is withdrawn from all of them")
         manager = self._manager
         outcome = manager.sharing.withdraw(parse_prefix(request.prefix_id))
         return pb.WithdrawPrefixResponse(
@@ -163,6 +164,12 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             reason=outcome.reason,
             revision=str(manager.revision),
         )
+
+
+def _refuse_tenant(context: grpc.aio.ServicerContext[Any, Any], why: str) -> None:
+    """A call that names a tenant speaks for that one alone."""
+    if tenant_of(context) is not None:
+        raise InvalidRequest.of([FieldViolation(TENANT_KEY, f"must be absent: {why}")])
 
 
 def _verdict(found: Verdict) -> pb.Verdict.ValueType:
@@ -173,12 +180,8 @@ def _seconds(duration: Duration) -> float:
     return duration.seconds + duration.nanos * _NS
 
 
-def _quota_violations(
-    request: pb.SetQuotaRequest, caller: str | None
-) -> Iterator[FieldViolation | None]:
+def _quota_violations(request: pb.SetQuotaRequest) -> Iterator[FieldViolation | None]:
     yield name_violation("tenant", request.tenant)
-    if caller is not None and caller != request.tenant:
-        yield FieldViolation("tenant", "is not the one in the metadata of the call")
     soft, hard = request.soft_quota_blocks, request.hard_quota_blocks
     if soft < 0:
         yield FieldViolation("soft_quota_blocks", "is below 0")

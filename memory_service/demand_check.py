@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
-from memory_service.tenants import MAX_TENANT_CHARS
+from memory_service.tenants import MAX_TENANT_CHARS, PUBLIC_TENANT
 from quire.errors import BrokenContract
 
 if TYPE_CHECKING:
@@ -120,8 +120,10 @@ class DemandCheck:
             self._is_live[admit.row] = True
             if not len(admit.token_ids) or admit.num_sequences < 1:
                 self._fail(f"row {admit.row} is admitted without tokens or sequences", admit.row)
-            if len(admit.tenant) > MAX_TENANT_CHARS:
-                self._fail(f"row {admit.row} has a tenant of over {MAX_TENANT_CHARS} characters")
+            if admit.num_sequences > self._table.max_num_rows:
+                self._fail(f"row {admit.row} is admitted with more sequences than there are rows")
+            if len(admit.tenant) > MAX_TENANT_CHARS or admit.tenant == PUBLIC_TENANT:
+                self._fail(f"row {admit.row} has a tenant of no possible name", admit.row)
 
     def _fail(self, message: str, row: int | None = None) -> NoReturn:
         raise BrokenContract(message, metadata={} if row is None else {"row": row})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from array import array
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from memory_service.tenants import MAX_PRIORITY, Home, Tenant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+_MAX_STALE: Final = 64
 
 
 class EvictionQueue:
@@ -65,8 +67,20 @@ class EvictionQueue:
         """See to it that the heap of the home's priority knows it; call it after the priority changed."""
         pair = (home.priority, home.home_id)
         if home.head and pair not in self._entered:
+            if len(self._entered) > 2 * len(self._homes) + _MAX_STALE:
+                self._rebuild()
             self._entered.add(pair)
             heappush(self._heaps[home.priority], (self.stamps[home.head], home.home_id))
+
+    def _rebuild(self) -> None:
+        """Forget the entries of homes that are gone: those of high priorities may never come up."""
+        self._entered.clear()
+        for heap in self._heaps:
+            heap.clear()
+        for home in self._homes.values():
+            if home.head:
+                self._entered.add((home.priority, home.home_id))
+                heappush(self._heaps[home.priority], (self.stamps[home.head], home.home_id))
 
     def remove(self, block_id: int, home: Home) -> None:
         """The block is cached no more."""

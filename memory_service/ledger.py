@@ -15,6 +15,7 @@ from memory_service.block_hash import PUBLIC_SALT, BlockHash, BlockHasher
 from memory_service.record import AdmissionRecord
 from memory_service.sequence_table import Sequence, SequenceTable
 from memory_service.session_books import SessionBooks
+from memory_service.tenants import PUBLIC_TENANT
 
 if TYPE_CHECKING:
     from memory_service.block_pool import BlockPool
@@ -168,6 +169,8 @@ class Ledger:
         if sequence.expected_keys:
             prefixes.end(sequence.expected_keys[:1])
             del sequence.expected_keys[:1]
+        if prefixes.key_of(block_id) is not None:
+            return block_id  # another holder of the block has said what it is
         original = prefixes.find(key)
         if original:
             self._replace(table, row, index, original)
@@ -175,6 +178,9 @@ class Ledger:
         is_public = key in self.retentions.public_keys
         salt = PUBLIC_SALT if is_public else sequence.tenant.salt
         prefixes.add(key, self.hasher.lineage(parent, salt), block_id)
+        if is_public:
+            # Who happened to compute what all share does not pay for it.
+            self.pool.move_home(block_id, self.pool.tenant(PUBLIC_TENANT).homes[0])
         if sequence.retention is not None:
             self.retentions.sealed(sequence.retention, block_id)
         return block_id

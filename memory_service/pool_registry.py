@@ -21,6 +21,7 @@ from quire.pool_trailer import WrongPoolBytesError
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from typing import NoReturn
 
     from memory_service.pool_identity import PoolIdentity
     from memory_service.writer_process import WriterProcess
@@ -39,6 +40,7 @@ class PoolRegistry:
         state_dir: folder that outlives the service; None: nothing does.
         prefix_cache_enabled: whether prefixes are cached.
         min_partial_tokens: a partly matching block is copied when it saves so many tokens; 0: never.
+        on_broken: called when a change of the books failed half way; None: the error is raised.
         clock: seconds, monotonic.
     """
 
@@ -50,6 +52,7 @@ class PoolRegistry:
         state_dir: Path | None = None,
         prefix_cache_enabled: bool = True,
         min_partial_tokens: int = 0,
+        on_broken: Callable[[Exception], NoReturn] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._budget_bytes = budget_bytes
@@ -57,6 +60,7 @@ class PoolRegistry:
         self._state_dir = state_dir
         self._prefix_cache_enabled = prefix_cache_enabled
         self._min_partial_tokens = min_partial_tokens
+        self._on_broken = on_broken
         self._place = WriterPlace(clock)
         self._pool: Pool | None = None
         self._on_replaced: list[Callable[[], None]] = []
@@ -125,13 +129,16 @@ class PoolRegistry:
         is_enabled = (
             self._prefix_cache_enabled if prefix_cache_enabled is None else prefix_cache_enabled
         )
-        return BlockManager(
+        manager = BlockManager(
             num_blocks,
             block_size,
             BlockHasher(self._secret, pool_id.encode()),
             prefix_cache_enabled=is_enabled,
             min_partial_tokens=self._min_partial_tokens,
         )
+        if self._on_broken is not None:
+            manager.on_broken = self._on_broken
+        return manager
 
     # After a restart
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from memory_service.tenants import Home, Tenant
 
 MAX_RETENTIONS: Final = 1024
+MAX_RETENTIONS_OF_ONE: Final = 64  # tenant
 MAX_PUBLISHED: Final = 1024
 
 

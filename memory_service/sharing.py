@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -18,11 +19,13 @@ from memory_service.record import (
     Retained,
     RetentionEnded,
 )
-from memory_service.retention import MAX_PUBLISHED, MAX_RETENTIONS
+from memory_service.retention import MAX_PUBLISHED, MAX_RETENTIONS, MAX_RETENTIONS_OF_ONE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
+    from memory_service.block_hash import BlockHash
     from memory_service.demand import IntArray
     from memory_service.ledger import Ledger
     from memory_service.prefix_lookup import PrefixLookup
@@ -60,18 +63,18 @@ class FlushOutcome:
 
 
 class Sharing:
-    """Changes that no request needs. `begin` and `tell` frame each of them."""
+    """Changes that no request needs. Each is made within `changing` and told with `tell`."""
 
     def __init__(
         self,
         ledger: Ledger,
         lookup: PrefixLookup,
-        begin: Callable[[], None],
+        changing: Callable[[], AbstractContextManager[None]],
         tell: Callable[[Change], None],
     ) -> None:
         self._ledger = ledger
         self._lookup = lookup
-        self._begin = begin
+        self._changing = changing
         self._tell = tell
 
     def salt(self, tenant: str) -> bytes:
@@ -82,9 +85,9 @@ class Sharing:
 
     def set_quota(self, tenant: str, soft_blocks: int | None, hard_blocks: int | None) -> None:
         """Bound a tenant from the next answer on; None is no bound."""
-        self._begin()
-        apply_quota(self._ledger, tenant, soft_blocks, hard_blocks)
-        self._tell(QuotaSet(tenant, soft_blocks, hard_blocks))
+        with self._changing():
+            apply_quota(self._ledger, tenant, soft_blocks, hard_blocks)
+            self._tell(QuotaSet(tenant, soft_blocks, hard_blocks))
 
     # Retention
 
@@ -130,6 +133,10 @@ class Sharing:
         retentions = self._ledger.retentions
         if len(retentions.by_id) >= MAX_RETENTIONS:
             return Outcome(Verdict.REJECTED, f"there are {MAX_RETENTIONS} retentions already")
+        num_own = sum(found.home.tenant.name == tenant_name for found in retentions.by_id.values())
+        if num_own >= MAX_RETENTIONS_OF_ONE:
+            reason = f"this tenant has {MAX_RETENTIONS_OF_ONE} retentions already"
+            return Outcome(Verdict.REJECTED, reason)
         room = retentions.room(self._ledger.pool.tenant_as_is(tenant_name))
         may_take = [found for found in block_ids if retentions.may_take(found, priority)]
         if len(may_take) < len(block_ids):
@@ -139,10 +146,10 @@ class Sharing:
         taken = np.array(may_take[:room], dtype=np.int32)
         if block_ids and not len(taken):
             return Outcome(Verdict.REJECTED, reason)
-        self._begin()
         change = Retained(retentions.last_id + 1, tenant_name, priority, expires_at, taken, *where)
-        apply_retained(self._ledger, change)
-        self._tell(change)
+        with self._changing():
+            apply_retained(self._ledger, change)
+            self._tell(change)
         verdict = Verdict.CLIPPED if reason else Verdict.ACCEPTED
         return Outcome(verdict, reason, change.retention_id, len(taken))
 
@@ -162,9 +169,9 @@ class Sharing:
         return len(expired)
 
     def _end(self, retention_id: int) -> None:
-        self._begin()
-        self._ledger.retentions.end(retention_id)
-        self._tell(RetentionEnded(retention_id))
+        with self._changing():
+            self._ledger.retentions.end(retention_id)
+            self._tell(RetentionEnded(retention_id))
 
     # Flush
 
@@ -174,11 +181,10 @@ class Sharing:
         chosen = found[:FLUSH_CHUNK]
         if not chosen:
             return FlushOutcome()
-        self._begin()
         num_free = self._ledger.pool.num_free
-        # What the tail of a chain is to its head: forgotten first.
-        apply_flush(self._ledger, chosen)
-        self._tell(Flushed(np.array(chosen, dtype=np.int32)))
+        with self._changing():
+            apply_flush(self._ledger, chosen)
+            self._tell(Flushed(np.array(chosen, dtype=np.int32)))
         num_freed = self._ledger.pool.num_free - num_free
         return FlushOutcome(num_freed, len(chosen) - num_freed, len(found) == len(chosen))
 
@@ -194,21 +200,31 @@ class Sharing:
 
     def _behind(self, tenant: str, token_ids: IntArray) -> list[int]:
         """The blocks of `tenant` whose tokens begin with `token_ids`, as far as those fill blocks; heads last."""
-        index, hasher, salt = self._ledger.pool.index, self._ledger.hasher, self.salt(tenant)
+        salt = self.salt(tenant)
         keys = self._lookup.keys(token_ids, salt)
         if not keys:
             return []
-        found, behind = [], [keys[-1]]
-        if (head := index.find(keys[-1])) and self._is_own(head, tenant):
+        found = list(islice(self._tails_first(keys[-1], salt), FLUSH_CHUNK + 1))
+        head = self._ledger.pool.index.find(keys[-1])
+        if len(found) <= FLUSH_CHUNK and head and self._is_own(head, tenant):
             found.append(head)
-        while behind and len(found) <= FLUSH_CHUNK:
-            lineage = hasher.lineage(behind.pop(), salt)
-            for block_id in index.followers(lineage, FLUSH_CHUNK):
-                found.append(block_id)
-                key = index.key_of(block_id)
-                assert key is not None
-                behind.append(key)
-        return list(reversed(found))
+        return found
+
+    def _tails_first(self, key: BlockHash, salt: bytes) -> Iterator[int]:
+        """Every block behind `key`, each after all that are behind it: none is forgotten that still leads somewhere."""
+        index, hasher = self._ledger.pool.index, self._ledger.hasher
+        blocks: list[int] = []
+        behind = [index.followers(hasher.lineage(key, salt), FLUSH_CHUNK + 1)]
+        while behind:
+            if behind[-1]:
+                blocks.append(behind[-1].pop())
+                found = index.key_of(blocks[-1])
+                assert found is not None
+                behind.append(index.followers(hasher.lineage(found, salt), FLUSH_CHUNK + 1))
+            else:
+                behind.pop()
+                if blocks:
+                    yield blocks.pop()
 
     def _is_own(self, block_id: int, tenant: str) -> bool:
         home = self._ledger.pool.home_of(block_id)
@@ -234,21 +250,24 @@ class Sharing:
                 return Outcome(verdict, reason, prefix_id, num_tokens)
         if len(retentions.published) >= MAX_PUBLISHED:
             return Outcome(Verdict.REJECTED, f"{MAX_PUBLISHED} prefixes are published already")
-        self._begin()
+        num_keys = sum(map(len, retentions.published.values())) + len(keys)
+        if num_keys > ledger.pool.num_blocks:
+            return Outcome(Verdict.REJECTED, "published prefixes would be longer than the pool")
         change = PrefixPublished(retentions.last_prefix_id + 1, keys)
-        retentions.publish(change.prefix_id, keys)
-        self._lookup.prefixes_changed()
-        self._tell(change)
+        with self._changing():
+            retentions.publish(change.prefix_id, keys)
+            self._lookup.prefixes_changed()
+            self._tell(change)
         return Outcome(verdict, reason, change.prefix_id, num_tokens)
 
     def withdraw(self, prefix_id: int) -> Outcome:
         """End the sharing of a prefix."""
         if prefix_id not in self._ledger.retentions.published:
             return Outcome(Verdict.REJECTED, "no published prefix has this id")
-        self._begin()
-        self._ledger.retentions.withdraw(prefix_id)
-        self._lookup.prefixes_changed()
-        self._tell(PrefixWithdrawn(prefix_id))
+        with self._changing():
+            self._ledger.retentions.withdraw(prefix_id)
+            self._lookup.prefixes_changed()
+            self._tell(PrefixWithdrawn(prefix_id))
         return Outcome(Verdict.ACCEPTED)
 
 

@@ -123,9 +123,9 @@ class SlotAllocator:
     def _num_shared(
         self, table: SequenceTable, rows: IntArray, starts: IntArray, ends: IntArray
     ) -> IntArray:
-        """How many blocks that each row would write are held by another table too."""
+        """How many blocks that each row would write are held by another table too, or sealed by one that is gone."""
         owners, blocks = self._written(table, rows, starts, ends)
-        shared = self._pool.ref_counts[blocks] > 1
+        shared = (self._pool.ref_counts[blocks] > 1) | self._pool.sealed[blocks]
         return np.bincount(owners[shared], minlength=len(rows)).astype(np.int32)
 
     def _written(
@@ -148,7 +148,8 @@ class SlotAllocator:
     def _shared_entries(self, table: SequenceTable, row: int, start: int, end: int) -> list[int]:
         first = start // self._block_size
         last = min(-(-end // self._block_size), int(table.num_blocks[row]))
-        shared = self._pool.ref_counts[table.entries[row, first : max(first, last)]] > 1
+        blocks = table.entries[row, first : max(first, last)]
+        shared = (self._pool.ref_counts[blocks] > 1) | self._pool.sealed[blocks]
         return [first + int(offset) for offset in np.flatnonzero(shared)]
 
     def _copy(

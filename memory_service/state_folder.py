@@ -89,7 +89,7 @@ class StateFolder:
 
     def _tidy(self) -> None:
         for unfinished in self.path.glob(f"*{TEMPORARY_SUFFIX}"):
-            unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
         if self._clearing.exists():
             self.clear()
 

@@ -9,6 +9,9 @@ from memory_service.block_hash import tenant_salt
 
 MAX_PRIORITY: Final = 7
 MAX_TENANT_CHARS: Final = 128
+PUBLIC_TENANT: Final = (
+    "*"  # blocks of published prefixes count against it; nobody else may be called so
+)
 
 
 @dataclass(slots=True, eq=False)

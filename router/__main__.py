@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import grpc
 
 _SERVICE = "quire.router.v1.RouterService"
+_STOP_GRACE_S = 1.0
 
 _logger = structlog.get_logger()
 
@@ -86,8 +87,8 @@ async def _serve_node(
             )
             await _run(node, server, reporter, stop, settings.shutdown_grace_s)
     finally:
-        # One that still runs when its loop ends leaves a trace on the user's screen.
-        await server.stop(grace=None)
+        # One that still runs when its loop ends leaves a trace on the user's screen; so does a call that is cut off.
+        await server.stop(_STOP_GRACE_S)
 
 
 async def _run(
@@ -103,12 +104,15 @@ async def _run(
     await reporter.set_serving(serving=True)
     await stop.wait()
     await reporter.set_serving(serving=False)
-    await node.drain(grace_s)
-    await server.stop(grace=1.0)
+    # Without steps no request ends by itself.
+    await node.drain(0 if steps.done() else grace_s)
+    await server.stop(_STOP_GRACE_S)
     steps.cancel()
-    with suppress(asyncio.CancelledError):
-        await steps
-    await node.close()
+    try:
+        with suppress(asyncio.CancelledError):
+            await steps
+    finally:
+        await node.close()
 
 
 def _add_metrics(metrics: MetricsEndpoint, node: Node, settings: RouterSettings) -> None:

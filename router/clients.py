@@ -49,6 +49,11 @@ class ServedModel:
     pool_id: str
     writer_generation: int
 
+    @property
+    def kind(self) -> tuple[str, str, int, int]:
+        """What must not change while requests live."""
+        return (str(self.folder), self.dtype, self.max_model_len, self.vocab_size)
+
 
 @dataclass(frozen=True, slots=True)
 class SessionTerms:

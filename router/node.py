@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from quire.errors import QuireError
+from quire.serving import StartupError
 from router.chat_template import ChatTemplate
 from router.clients import ComputeClient, MemoryClient
 from router.intake import Intake, IntakeLimits
@@ -69,7 +70,15 @@ class Node:
         self.scheduler = Scheduler(_scheduler_limits(settings, terms), tally)
         self._memory = memory
         self._compute = compute
-        self._loop = StepLoop(self.scheduler, memory, compute, tally)
+        self._loop = StepLoop(self.scheduler, memory, compute, tally, self._check_terms)
+
+    def _check_terms(self, model: ServedModel, terms: SessionTerms) -> None:
+        """What came back is what requests were checked and tokenized for; raises StartupError."""
+        before = (self.model.kind, self.terms.block_size, self.terms.num_blocks)
+        after = (model.kind, terms.block_size, terms.num_blocks)
+        if before != after:
+            message = f"the engine came back with other settings: {after} instead of {before}"
+            raise StartupError(f"{message}; this router ends, another one takes them up")
 
     @classmethod
     async def connect(cls, settings: RouterSettings) -> Node:

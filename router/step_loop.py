@@ -16,6 +16,8 @@ from router.step import StepFailure
 from router.tally import StepTimes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from router.clients import ServedModel, SessionTerms
     from router.scheduler import Scheduler
     from router.step import MemoryAnswer, StepBatch, StepPlan, StepResult
@@ -57,12 +59,18 @@ class StepLoop:
     """Drives a scheduler against the two services; connects again when one of them went away."""
 
     def __init__(
-        self, scheduler: Scheduler, memory: Memory, compute: Compute, tally: Tally
+        self,
+        scheduler: Scheduler,
+        memory: Memory,
+        compute: Compute,
+        tally: Tally,
+        check_terms: Callable[[ServedModel, SessionTerms], None] = lambda _model, _terms: None,
     ) -> None:
         self._scheduler = scheduler
         self._tally = tally
         self._memory = memory
         self._compute = compute
+        self._check_terms = check_terms
         self._wake = asyncio.Event()
         self.is_connected = asyncio.Event()
         self.is_connected.set()  # whoever builds the loop has just connected
@@ -153,6 +161,7 @@ class StepLoop:
     async def _connect(self) -> None:
         model = await self._compute.get_model()
         terms = await self._memory.open_session(model)
+        self._check_terms(model, terms)
         await self._compute.open_steps(self._memory.session_id, terms.generation, model.pool_id)
         self._scheduler.session_resumed(terms.held_rows)
         self._tally.reconnected()

@@ -21,6 +21,8 @@ _DIGEST_CHARS = 64
 
 def is_tenant_name(name: str) -> bool:
     """Whether call metadata can carry it as it is: the memory service is asked about a tenant by that."""
+    if name == "*":  # the memory service counts published prefixes under it
+        return False
     is_text = name.isascii() and name.isprintable() and name == name.strip()
     return is_text and 1 <= len(name) <= MAX_TENANT_CHARS
 

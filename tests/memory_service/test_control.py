@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_faces import SIZE, Call, OneRouter, ask, inspection_of, ints, new_manager, registry_of
@@ -77,7 +78,7 @@ def test_a_hard_quota_holds_from_the_next_answer_on() -> None:
     pool = Pool()
     pool.router.cache([1] * 16, tenant="red")
     request = pb.SetQuotaRequest(tenant="red", hard_quota_blocks=2)
-    assert ask(pool.control.SetQuota, request, "red").tenant.num_blocks == 4
+    assert ask(pool.control.SetQuota, request).tenant.num_blocks == 4
     assert len(pool.router.admit(0, [2] * 12, tenant="red").refusals) == 1
     assert len(pool.router.admit(0, [2] * 8, tenant="red").admissions) == 1
     assert pool.manager.pool.tenants["red"].num_blocks == 4
@@ -248,7 +249,7 @@ def test_a_published_prefix_is_shared_by_all() -> None:
     answer = ask(pool.control.PublishPrefix, pb.PublishPrefixRequest(token_ids=[*tokens, 2]))
     assert told(answer) == ("CLIPPED", "the last 1 tokens do not fill a block")
     assert (answer.prefix_id, answer.num_tokens) == ("p-1", 8)
-    repeat = ask(pool.control.PublishPrefix, pb.PublishPrefixRequest(token_ids=tokens), "blue")
+    repeat = ask(pool.control.PublishPrefix, pb.PublishPrefixRequest(token_ids=tokens))
     assert (told(repeat), repeat.prefix_id) == (("ACCEPTED", ""), "p-1")
     pool.router.cache(tokens, tenant="red")
     assert pool.hit(tokens, "blue") == pool.hit(tokens) == 8
@@ -328,11 +329,18 @@ def test_a_call_of_several_tenants_changes_nothing(method: str, request_: Any) -
     assert pool.manager.revision == revision
 
 
-def test_a_tenant_sets_no_quota_of_another() -> None:
-    """A call that names a tenant in its metadata speaks for that one alone."""
-    pool = Pool()
-    with pytest.raises(InvalidRequest, match="metadata"):
-        ask(pool.control.SetQuota, pb.SetQuotaRequest(tenant="red"), "blue")
+@pytest.mark.parametrize(
+    ("method", "request_"),
+    [
+        ("SetQuota", pb.SetQuotaRequest(tenant="blue")),
+        ("PublishPrefix", pb.PublishPrefixRequest(token_ids=[1] * 4)),
+        ("WithdrawPrefix", pb.WithdrawPrefixRequest(prefix_id="p-1")),
+    ],
+)
+def test_a_tenant_decides_for_itself_alone(method: str, request_: Message) -> None:
+    """Its own bounds and what all share are not its to change: publishing a guess would tell whether others have it."""
+    with pytest.raises(InvalidRequest, match="quire-tenant: must be absent"):
+        ask(getattr(Pool().control, method), request_, "blue")
 
 
 # Never wedged

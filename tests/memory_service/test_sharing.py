@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 from pool_machine import SESSION, SIZE, ints, make_manager
 
+from memory_service import sharing
 from memory_service.block_pool import EvictionCause
-from memory_service.demand import Admit, RefusalReason, StepAnswer, StepDemand
+from memory_service.demand import Admit, Fork, RefusalReason, StepAnswer, StepDemand
 from memory_service.integrity import check_integrity
 from memory_service.sharing import Verdict
 
@@ -290,3 +291,84 @@ def test_a_tenant_of_whom_nothing_is_left_is_forgotten(steps: Steps) -> None:
     for which in range(30):
         steps.run([which] * 5, f"tenant-{which}")
     assert len(steps.manager.pool.tenants) <= steps.manager.pool.num_cached
+
+
+def test_what_all_share_counts_against_nobody(steps: Steps) -> None:
+    """Whoever computes a published prefix first keeps its whole quota, while others hold those blocks too."""
+    steps.manager.sharing.set_quota("a", None, 3)
+    steps.manager.sharing.publish(ints(PROMPT[:8]))
+    steps.run(PROMPT, "a")
+    steps.admit(PROMPT, "b", row=1)
+    assert steps.admit([7] * 12, "a").admissions
+    assert steps.manager.pool.tenants["*"].num_blocks == 2
+
+
+def test_a_flush_finds_all_that_hangs_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though it looks at few blocks at a time, nothing behind the prefix hits when it says that it is done."""
+    monkeypatch.setattr(sharing, "FLUSH_CHUNK", 3)
+    steps = Steps(make_manager(60, min_partial_tokens=2))
+    tails = [[first] * 9 for first in range(10, 18)]
+    for tail in tails:
+        steps.run([1, 2, 3, 4, *tail])
+    while not steps.manager.sharing.flush("", ints([1, 2, 3, 4])).is_done:
+        pass
+    steps.run([1, 2, 3, 4, 5])
+    for tail in tails:
+        assert steps.manager.probe(ints([1, 2, 3, 4, *tail]), "").num_tokens(SIZE) == 4
+
+
+def test_retentions_that_come_and_go_leave_nothing(steps: Steps) -> None:
+    """Entries of homes that are gone are forgotten, though their priority never comes up."""
+    steps.run(PROMPT)
+    for _ in range(500):
+        outcome = steps.manager.sharing.retain_prefix("", ints(PROMPT), 7, None)
+        steps.manager.sharing.release("", outcome.made_id)
+    assert sum(map(len, steps.manager.pool.queue._heaps)) < 100
+
+
+def test_one_tenant_does_not_take_all_retentions(steps: Steps) -> None:
+    """Its 65th is refused, another tenant's first is not."""
+    steps.run(PROMPT, "a")
+    steps.run(PROMPT, "b")
+    wishes = [steps.manager.sharing.retain_prefix("a", ints(PROMPT), 1, None) for _ in range(65)]
+    assert [found.verdict for found in wishes].count(Verdict.REJECTED) == 1
+    assert steps.manager.sharing.retain_prefix("b", ints(PROMPT), 1, None).made_id
+
+
+@pytest.mark.parametrize("num_tokens", [2, 4])
+def test_a_child_that_writes_into_a_sealed_block_gets_a_copy(num_tokens: int) -> None:
+    """It was forked within a block that its parent sealed before it went."""
+    manager = make_manager()
+    steps = Steps(manager)
+    steps.admit([1, 2, 3, 4, 5])
+    fork = Fork(0, 1, 1, "child", "r", num_tokens)
+    commit = {
+        "commit_rows": ints([0]),
+        "commit_num_computed_tokens": ints([5]),
+        "commit_token_ids": ints([1, 2, 3, 4]),
+    }
+    manager.apply(SESSION, StepDemand(step=5, forks=(fork,), **commit))
+    extend = {
+        "extend_rows": ints([1]),
+        "extend_starts": ints([num_tokens]),
+        "extend_num_tokens": ints([1]),
+    }
+    answer = manager.apply(SESSION, StepDemand(step=6, releases=(0,), **extend))
+    assert len(answer.copies) == (num_tokens < SIZE)
+    assert check_integrity(manager) == []
+
+
+def test_a_change_that_fails_half_way_ends_the_books(steps: Steps) -> None:
+    """Nobody goes on from a state that no record tells of."""
+    broken: list[Exception] = []
+
+    def end(error: Exception) -> NoReturn:
+        broken.append(error)
+        raise SystemExit
+
+    steps.manager.on_broken = end
+    steps.manager.on_record = lambda _: int("no number")
+    with pytest.raises(SystemExit):
+        steps.admit(PROMPT)
+    assert isinstance(broken[0], ValueError)
+    steps.manager.on_record = lambda _: None

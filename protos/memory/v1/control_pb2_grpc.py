@@ -77,8 +77,8 @@ class ControlServiceServicer:
 
     def SetQuota(self, request, context):
         """SetQuota sets both quotas of a tenant at once; they hold from the next answer on, and nothing is evicted before blocks
-        are needed. A repeat changes nothing. Errors: INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical
-        deadline: 1 second.
+        are needed. A repeat changes nothing. Errors: INVALID_ARGUMENT INVALID_REQUEST, also when the call names a tenant,
+        since none bounds itself; UNAVAILABLE NO_POOL. Typical deadline: 1 second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,7 +113,8 @@ class ControlServiceServicer:
     def PublishPrefix(self, request, context):
         """PublishPrefix lets all tenants share the blocks of a run of tokens. It holds for sequences that are admitted from then
         on; the first one computes the blocks anew. A repeat is answered with the same id. Errors: INVALID_ARGUMENT
-        INVALID_REQUEST when the tokens do not fill a block, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+        INVALID_REQUEST when the tokens do not fill a block or the call names a tenant, UNAVAILABLE NO_POOL. Typical deadline:
+        1 second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -121,7 +122,7 @@ class ControlServiceServicer:
 
     def WithdrawPrefix(self, request, context):
         """WithdrawPrefix ends the sharing: later sequences do not hit it any more. Errors: INVALID_ARGUMENT INVALID_REQUEST,
-        UNAVAILABLE NO_POOL. A repeat is answered with REJECTED. Typical deadline: 1 second.
+        also when the call names a tenant, UNAVAILABLE NO_POOL. A repeat is answered with REJECTED. Typical deadline: 1 second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,8 +38,8 @@ class ControlServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ControlServiceAsyncStub: ...
     SetQuota: _grpc.UnaryUnaryMultiCallable[_control_pb2.SetQuotaRequest, _control_pb2.SetQuotaResponse]
     """SetQuota sets both quotas of a tenant at once; they hold from the next answer on, and nothing is evicted before blocks
-    are needed. A repeat changes nothing. Errors: INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical
-    deadline: 1 second.
+    are needed. A repeat changes nothing. Errors: INVALID_ARGUMENT INVALID_REQUEST, also when the call names a tenant,
+    since none bounds itself; UNAVAILABLE NO_POOL. Typical deadline: 1 second.
     """
     Retain: _grpc.UnaryUnaryMultiCallable[_control_pb2.RetainRequest, _control_pb2.RetainResponse]
     """Retain keeps the blocks of a sequence or of a cached prefix from being evicted before others. A repeat with the same
@@ -58,11 +58,12 @@ class ControlServiceStub:
     PublishPrefix: _grpc.UnaryUnaryMultiCallable[_control_pb2.PublishPrefixRequest, _control_pb2.PublishPrefixResponse]
     """PublishPrefix lets all tenants share the blocks of a run of tokens. It holds for sequences that are admitted from then
     on; the first one computes the blocks anew. A repeat is answered with the same id. Errors: INVALID_ARGUMENT
-    INVALID_REQUEST when the tokens do not fill a block, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+    INVALID_REQUEST when the tokens do not fill a block or the call names a tenant, UNAVAILABLE NO_POOL. Typical deadline:
+    1 second.
     """
     WithdrawPrefix: _grpc.UnaryUnaryMultiCallable[_control_pb2.WithdrawPrefixRequest, _control_pb2.WithdrawPrefixResponse]
     """WithdrawPrefix ends the sharing: later sequences do not hit it any more. Errors: INVALID_ARGUMENT INVALID_REQUEST,
-    UNAVAILABLE NO_POOL. A repeat is answered with REJECTED. Typical deadline: 1 second.
+    also when the call names a tenant, UNAVAILABLE NO_POOL. A repeat is answered with REJECTED. Typical deadline: 1 second.
     """
 
 @_typing.type_check_only
@@ -75,8 +76,8 @@ class ControlServiceAsyncStub(ControlServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     SetQuota: _aio.UnaryUnaryMultiCallable[_control_pb2.SetQuotaRequest, _control_pb2.SetQuotaResponse]  # type: ignore[assignment]
     """SetQuota sets both quotas of a tenant at once; they hold from the next answer on, and nothing is evicted before blocks
-    are needed. A repeat changes nothing. Errors: INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical
-    deadline: 1 second.
+    are needed. A repeat changes nothing. Errors: INVALID_ARGUMENT INVALID_REQUEST, also when the call names a tenant,
+    since none bounds itself; UNAVAILABLE NO_POOL. Typical deadline: 1 second.
     """
     Retain: _aio.UnaryUnaryMultiCallable[_control_pb2.RetainRequest, _control_pb2.RetainResponse]  # type: ignore[assignment]
     """Retain keeps the blocks of a sequence or of a cached prefix from being evicted before others. A repeat with the same
@@ -95,11 +96,12 @@ class ControlServiceAsyncStub(ControlServiceStub):
     PublishPrefix: _aio.UnaryUnaryMultiCallable[_control_pb2.PublishPrefixRequest, _control_pb2.PublishPrefixResponse]  # type: ignore[assignment]
     """PublishPrefix lets all tenants share the blocks of a run of tokens. It holds for sequences that are admitted from then
     on; the first one computes the blocks anew. A repeat is answered with the same id. Errors: INVALID_ARGUMENT
-    INVALID_REQUEST when the tokens do not fill a block, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+    INVALID_REQUEST when the tokens do not fill a block or the call names a tenant, UNAVAILABLE NO_POOL. Typical deadline:
+    1 second.
     """
     WithdrawPrefix: _aio.UnaryUnaryMultiCallable[_control_pb2.WithdrawPrefixRequest, _control_pb2.WithdrawPrefixResponse]  # type: ignore[assignment]
     """WithdrawPrefix ends the sharing: later sequences do not hit it any more. Errors: INVALID_ARGUMENT INVALID_REQUEST,
-    UNAVAILABLE NO_POOL. A repeat is answered with REJECTED. Typical deadline: 1 second.
+    also when the call names a tenant, UNAVAILABLE NO_POOL. A repeat is answered with REJECTED. Typical deadline: 1 second.
     """
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -115,8 +117,8 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.SetQuotaResponse, _abc.Awaitable[_control_pb2.SetQuotaResponse]]:
         """SetQuota sets both quotas of a tenant at once; they hold from the next answer on, and nothing is evicted before blocks
-        are needed. A repeat changes nothing. Errors: INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical
-        deadline: 1 second.
+        are needed. A repeat changes nothing. Errors: INVALID_ARGUMENT INVALID_REQUEST, also when the call names a tenant,
+        since none bounds itself; UNAVAILABLE NO_POOL. Typical deadline: 1 second.
         """
 
     @_abc_1.abstractmethod
@@ -159,7 +161,8 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_control_pb2.PublishPrefixResponse, _abc.Awaitable[_control_pb2.PublishPrefixResponse]]:
         """PublishPrefix lets all tenants share the blocks of a run of tokens. It holds for sequences that are admitted from then
         on; the first one computes the blocks anew. A repeat is answered with the same id. Errors: INVALID_ARGUMENT
-        INVALID_REQUEST when the tokens do not fill a block, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+        INVALID_REQUEST when the tokens do not fill a block or the call names a tenant, UNAVAILABLE NO_POOL. Typical deadline:
+        1 second.
         """
 
     @_abc_1.abstractmethod
@@ -169,7 +172,7 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.WithdrawPrefixResponse, _abc.Awaitable[_control_pb2.WithdrawPrefixResponse]]:
         """WithdrawPrefix ends the sharing: later sequences do not hit it any more. Errors: INVALID_ARGUMENT INVALID_REQUEST,
-        UNAVAILABLE NO_POOL. A repeat is answered with REJECTED. Typical deadline: 1 second.
+        also when the call names a tenant, UNAVAILABLE NO_POOL. A repeat is answered with REJECTED. Typical deadline: 1 second.
         """
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

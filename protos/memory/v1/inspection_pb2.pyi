@@ -757,7 +757,7 @@ class Tenant(_message.Message):
     SOFT_QUOTA_BLOCKS_FIELD_NUMBER: _builtins.int
     HARD_QUOTA_BLOCKS_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
-    """Name; empty is the tenant of all who have none."""
+    """Name; empty is the tenant of all who have none, "*" is nobody: blocks of published prefixes count against it."""
     num_blocks: _builtins.int
     """Blocks that count against it: used and cached ones that were given out for its sequences."""
     num_cached_blocks: _builtins.int
