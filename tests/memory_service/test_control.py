@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_faces import SIZE, Call, OneRouter, ask, inspection_of, ints, new_manager, registry_of
@@ -18,6 +17,9 @@ from memory_service.integrity import check_integrity
 from protos.memory.v1 import control_pb2 as pb
 from protos.memory.v1 import inspection_pb2
 from quire.errors import InvalidRequest, NoPool
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 NOW = 1.7e9
 DAY_S = 24 * 60 * 60
