@@ -6,10 +6,14 @@ from array import array
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from memory_service.tenants import MAX_PRIORITY, Home, Tenant
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from memory_service.demand import IntArray
 
 _MAX_STALE: Final = 64
 
@@ -62,6 +66,20 @@ class EvictionQueue:
         home.num_cached += 1
         home.tenant.num_cached += 1
         self.num_cached += 1
+
+    def link_all(self, block_ids: IntArray, home: Home) -> None:
+        """Fill an empty home with blocks, least recently used first, which have their stamps."""
+        assert not home.num_cached
+        previous, following = (
+            np.frombuffer(found, np.int32) for found in (self.previous, self.next)
+        )
+        previous[block_ids], following[block_ids] = 0, 0
+        previous[block_ids[1:]], following[block_ids[:-1]] = block_ids[:-1], block_ids[1:]
+        home.head, home.tail = int(block_ids[0]), int(block_ids[-1])
+        home.num_cached = len(block_ids)
+        home.tenant.num_cached += len(block_ids)
+        self.num_cached += len(block_ids)
+        self.enter(home)
 
     def enter(self, home: Home) -> None:
         """See to it that the heap of the home's priority knows it; call it after the priority changed."""

@@ -35,12 +35,12 @@ class IndexArrays:
     next: IntArray
     previous: IntArray
 
-    def slots(self, block_ids: NDArray[np.intp]) -> NDArray[np.uint32]:
+    def slots(self, block_ids: NDArray[np.intp] | IntArray) -> NDArray[np.uint32]:
         """Where the keys of blocks belong."""
         found: NDArray[np.uint32] = self.keys[block_ids, 0] & np.uint32(self.mask)
         return found
 
-    def lineage_slots(self, block_ids: NDArray[np.intp]) -> NDArray[np.uint32]:
+    def lineage_slots(self, block_ids: NDArray[np.intp] | IntArray) -> NDArray[np.uint32]:
         """Where the lineages of blocks belong."""
         found: NDArray[np.uint32] = self.lineages[block_ids, 0] & np.uint32(self.mask)
         return found
@@ -116,6 +116,17 @@ class PrefixIndex:
         if following:
             self._previous[following] = block_id
         self._num_indexed += 1
+
+    def add_all(self, block_ids: IntArray) -> None:
+        """Let blocks, the oldest first, answer for the keys and lineages that they have; only on an empty index."""
+        assert not self._num_indexed
+        arrays = self.arrays()
+        arrays.states[block_ids] = INDEXED
+        _chain_all(block_ids, arrays.slots(block_ids), arrays.heads, arrays.chain)
+        _chain_all(block_ids, arrays.lineage_slots(block_ids), arrays.first, arrays.next)
+        following = arrays.next[block_ids]
+        arrays.previous[following[following > 0]] = block_ids[following > 0]
+        self._num_indexed = len(block_ids)
 
     def forget(self, block_id: int) -> None:
         """The block cannot be hit any more. It keeps its key, since blocks behind it may yet be sealed."""
@@ -217,3 +228,15 @@ class PrefixIndex:
             self._in_progress[key] -= 1
             if not self._in_progress[key]:
                 del self._in_progress[key]
+
+
+def _chain_all(
+    block_ids: IntArray, slots: NDArray[np.uint32], heads: IntArray, behind: IntArray
+) -> None:
+    """Put each block in front of those that came before it in its slot."""
+    order = np.argsort(slots, kind="stable")
+    slots, block_ids = slots[order], block_ids[order]
+    is_same = slots[1:] == slots[:-1]
+    behind[block_ids[1:][is_same]] = block_ids[:-1][is_same]
+    is_last = np.append(~is_same, True)[: len(slots)]
+    heads[slots[is_last]] = block_ids[is_last]

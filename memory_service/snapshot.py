@@ -106,23 +106,22 @@ def _import_blocks(pool: BlockPool, columns: Mapping[str, bytes], count: int) ->
 
 def _import_index(pool: BlockPool, columns: Mapping[str, bytes]) -> None:
     index, keys, lineages = pool.index, columns["keys"], columns["lineages"]
-    for block_id in np.frombuffer(columns["followers"], _INT32).tolist():
-        at = slice(block_id * HASH_BYTES, (block_id + 1) * HASH_BYTES)
-        index.add(BlockHash(keys[at]), lineages[at], block_id)
     index.keys[: len(keys)] = keys
     index.lineages[: len(lineages)] = lineages
     index.states[: len(columns["key_states"])] = columns["key_states"]
+    index.add_all(np.frombuffer(columns["followers"], _INT32))
 
 
 def _relink(pool: BlockPool) -> None:
     """Put the cached blocks back in their lists, by the stamps they have."""
     held = (pool.ref_counts > 0) | (pool.pins > 0)
     cached = np.flatnonzero((pool.home_ids > 0) & ~held)
-    stamps = np.frombuffer(pool.queue.stamps, np.int64)
-    for block_id in cached[np.argsort(stamps[cached])].tolist():
-        home = pool.home_of(block_id)
-        assert home is not None
-        pool.queue.link(block_id, home)
+    stamps, home_ids = np.frombuffer(pool.queue.stamps, np.int64), pool.home_ids[cached]
+    order = np.lexsort((stamps[cached], home_ids))
+    bounds = np.flatnonzero(np.diff(home_ids[order])) + 1
+    for block_ids in np.split(cached[order].astype(np.int32), bounds):
+        if len(block_ids):
+            pool.queue.link_all(block_ids, pool.homes[int(pool.home_ids[block_ids[0]])])
 
 
 # Everything but blocks and tables
