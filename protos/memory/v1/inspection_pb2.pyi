@@ -1380,7 +1380,9 @@ Global___PoolCounts: _TypeAlias = PoolCounts  # noqa: Y015
 
 @_typing.final
 class WatchDelta(_message.Message):
-    """WatchDelta is one change of the state."""
+    """WatchDelta is one change of the state. `progressed_rows` are of sequences that were there before it, ended ones included;
+    `table_rows` are of sequences that are there after it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

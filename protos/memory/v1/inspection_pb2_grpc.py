@@ -180,8 +180,9 @@ class InspectionServiceServicer:
 
     def Watch(self, request, context):
         """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
-        told that changes were missed and gets a new snapshot; the service never waits for a watcher. Errors: INVALID_ARGUMENT
-        INVALID_REQUEST for a token that this service did not give, UNAVAILABLE NO_POOL. It carries no deadline.
+        told that changes were missed and gets a new snapshot; the service never waits for a watcher. It shows the whole pool:
+        when blocks change would tell one tenant of the others. Errors: INVALID_ARGUMENT INVALID_REQUEST for a token that this
+        service did not give or a call that names a tenant, UNAVAILABLE NO_POOL. It carries no deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -72,8 +72,9 @@ class InspectionServiceStub:
     """
     Watch: _grpc.UnaryStreamMultiCallable[_inspection_pb2.WatchRequest, _inspection_pb2.WatchResponse]
     """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
-    told that changes were missed and gets a new snapshot; the service never waits for a watcher. Errors: INVALID_ARGUMENT
-    INVALID_REQUEST for a token that this service did not give, UNAVAILABLE NO_POOL. It carries no deadline.
+    told that changes were missed and gets a new snapshot; the service never waits for a watcher. It shows the whole pool:
+    when blocks change would tell one tenant of the others. Errors: INVALID_ARGUMENT INVALID_REQUEST for a token that this
+    service did not give or a call that names a tenant, UNAVAILABLE NO_POOL. It carries no deadline.
     """
 
 @_typing.type_check_only
@@ -120,8 +121,9 @@ class InspectionServiceAsyncStub(InspectionServiceStub):
     """
     Watch: _aio.UnaryStreamMultiCallable[_inspection_pb2.WatchRequest, _inspection_pb2.WatchResponse]  # type: ignore[assignment]
     """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
-    told that changes were missed and gets a new snapshot; the service never waits for a watcher. Errors: INVALID_ARGUMENT
-    INVALID_REQUEST for a token that this service did not give, UNAVAILABLE NO_POOL. It carries no deadline.
+    told that changes were missed and gets a new snapshot; the service never waits for a watcher. It shows the whole pool:
+    when blocks change would tell one tenant of the others. Errors: INVALID_ARGUMENT INVALID_REQUEST for a token that this
+    service did not give or a call that names a tenant, UNAVAILABLE NO_POOL. It carries no deadline.
     """
 
 class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -231,8 +233,9 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inspection_pb2.WatchResponse], _abc.AsyncIterator[_inspection_pb2.WatchResponse]]:
         """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
-        told that changes were missed and gets a new snapshot; the service never waits for a watcher. Errors: INVALID_ARGUMENT
-        INVALID_REQUEST for a token that this service did not give, UNAVAILABLE NO_POOL. It carries no deadline.
+        told that changes were missed and gets a new snapshot; the service never waits for a watcher. It shows the whole pool:
+        when blocks change would tell one tenant of the others. Errors: INVALID_ARGUMENT INVALID_REQUEST for a token that this
+        service did not give or a call that names a tenant, UNAVAILABLE NO_POOL. It carries no deadline.
         """
 
 def add_InspectionServiceServicer_to_server(servicer: InspectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
