@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
+if __name__ == "__main__":
+    # A start is waited for by all requests. Nearly all that it makes stays, so looking for garbage in it is in vain; and
+    # structlog would import rich, for tracebacks that `quire.logs` does not show.
+    gc.disable()
+    sys.modules["rich"] = None  # type: ignore[assignment]
+
 import asyncio
 import os
 import secrets
-import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
@@ -110,6 +118,8 @@ async def _serve(settings: MemorySettings) -> None:
         await reporter.add_to(server, _SERVICES)
         await server.start()
         await reporter.set_serving(serving=True)
+        gc.freeze()
+        gc.enable()
         _logger.info("serving", addresses=addresses, metrics=metrics.address)
         sweeping = asyncio.create_task(_sweep(registry, sessions, tally, keeper))
         await serving.serve_until_stopped(server, reporter, stop, settings.shutdown_grace_s)
