@@ -22,12 +22,16 @@ class DemandCheck:
     def __init__(self, table: SequenceTable, block_size: int) -> None:
         self._table = table
         self._block_size = block_size
-        self._is_live = table.is_live.copy()
-        self._num_computed = table.num_computed.copy()
-        self._num_slots = table.num_blocks * block_size
+        self._is_live = table.is_live
+        self._num_computed = table.num_computed
+        self._num_blocks = table.num_blocks
 
     def check(self, demand: StepDemand) -> None:
         """Raise `BrokenContract` when a part of `demand` cannot be meant."""
+        self._num_computed = self._num_computed.copy()
+        if demand.releases or demand.forks or demand.admits:
+            self._is_live = self._is_live.copy()
+            self._num_blocks = self._num_blocks.copy()
         self._check_commits(demand)
         self._check_releases(demand)
         self._check_forks(demand)
@@ -68,7 +72,7 @@ class DemandCheck:
         self._check_rows(rows, counts)
         old = self._num_computed[rows]
         size = self._block_size
-        wrong = (counts < old) | (counts > self._num_slots[rows])
+        wrong = (counts < old) | (counts > self._num_blocks[rows] * size)
         if wrong.any():
             row = int(rows[wrong][0])
             self._fail(f"row {row} commits tokens that it gave up or has no slots for", row)
@@ -85,26 +89,25 @@ class DemandCheck:
             self._is_live[row] = False
 
     def _check_forks(self, demand: StepDemand) -> None:
-        begun: dict[int, tuple[int, int]] = {}  # row -> computed tokens, slots
+        begun: dict[int, tuple[int, int]] = {}  # row -> computed tokens, blocks
         for fork in demand.forks:
             self._check_live(fork.src_row)
             self._check_unused(fork.dst_row)
             if fork.src_row in begun:
                 self._fail(f"row {fork.src_row} is forked in the step that makes it", fork.src_row)
-            if not 1 <= fork.num_tokens <= self._num_slots[fork.src_row]:
+            if not 1 <= fork.num_tokens <= self._num_blocks[fork.src_row] * self._block_size:
                 self._fail(f"row {fork.src_row} has no {fork.num_tokens} tokens to share")
             computed = min(int(self._num_computed[fork.src_row]), fork.num_tokens)
-            slots = -(-fork.num_tokens // self._block_size) * self._block_size
-            begun[fork.dst_row] = (computed, slots)
+            begun[fork.dst_row] = (computed, -(-fork.num_tokens // self._block_size))
             self._is_live[fork.dst_row] = True
-        for row, (computed, slots) in begun.items():
-            self._num_computed[row], self._num_slots[row] = computed, slots
+        for row, (computed, num_blocks) in begun.items():
+            self._num_computed[row], self._num_blocks[row] = computed, num_blocks
 
     def _check_extends(self, demand: StepDemand) -> None:
         rows, starts, counts = demand.extend_rows, demand.extend_starts, demand.extend_num_tokens
         self._check_rows(rows, starts, counts)
         computed = self._num_computed[rows]
-        wrong = (starts < computed) | (starts > self._num_slots[rows])
+        wrong = (starts < computed) | (starts > self._num_blocks[rows] * self._block_size)
         wrong |= (counts < 1) | (counts > _MAX_TOKENS)
         if wrong.any():
             row, start, count, done = (
