@@ -60,6 +60,10 @@ class PromptFlags(MemoryFlags):
     tokens: Annotated[
         tuple[NonNegativeInt, ...] | None, NoDecode, BeforeValidator(_split), Takes("ID,ID,...")
     ] = Field(None, description="the prompt's token ids")
+    token: str | None = Field(
+        None,
+        description="bearer token for --text, where the router asks for one; better as QUIRE_TOKEN",
+    )
 
 
 class InspectSettings(_AskingFlags):
@@ -152,7 +156,9 @@ class TopSettings(MemoryFlags):
     """Show the pool live: its blocks, sequences, tenants and rates; q or Ctrl-C ends."""
 
     interval_s: PositiveFloat = Field(0.5, description="seconds between two pictures")
-    once: bool = Field(False, description="print one picture after the interval and end; so it is in a pipe")
+    once: bool = Field(
+        False, description="print one picture after the interval and end; so it is in a pipe"
+    )
     tenant: _TenantName = Field(
         None, description="only this tenant's sequences; the rest is of the whole pool"
     )

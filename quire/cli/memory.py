@@ -56,7 +56,7 @@ def tokens_of(settings: PromptFlags) -> list[int] | None:
 def _tokenize(settings: PromptFlags, text: str) -> Sequence[int]:
     with (
         reporting_errors(settings.router_address) as outcome,
-        Client(settings.router_address) as client,
+        Client(settings.router_address, token=settings.token) as client,
     ):
         return client.tokenize(sys.stdin.read() if text == "-" else text)
     sys.exit(outcome.status)

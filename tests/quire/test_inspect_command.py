@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+from concurrent import futures
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 from naive_pool import NaivePool, NaiveSequence
 from processes import QUIRE
@@ -15,6 +17,7 @@ from scripted_memory import ScriptedMemory, serving
 
 from protos.memory.v1 import control_pb2
 from protos.memory.v1 import inspection_pb2 as pb
+from protos.router.v1 import router_pb2, router_pb2_grpc
 from quire.cli.control import control
 from quire.cli.inspect import inspect
 from quire.errors import BlockNotFound
@@ -273,6 +276,43 @@ def test_a_router_that_is_away_is_named(address: str, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert "nothing answers on 127.0.0.1:1" in error
     assert "--router-address names another" in error
+
+
+class Router(router_pb2_grpc.RouterServiceServicer):
+    """Turns any text into three tokens, and notes who asked."""
+
+    def __init__(self) -> None:
+        self.authorizations: list[str] = []
+
+    def Tokenize(self, request: Any, context: grpc.ServicerContext) -> router_pb2.TokenizeResponse:
+        metadata = dict(context.invocation_metadata())
+        self.authorizations.append(str(metadata.get("authorization")))
+        return router_pb2.TokenizeResponse(token_ids=[4, 5, 6])
+
+
+def test_text_becomes_tokens_at_the_router(
+    memory: ScriptedMemory, address: str, tmp_path: Path
+) -> None:
+    """`--text` is asked about with `--token`; what the router makes of it is probed."""
+    memory.answers["ProbePrefix"] = [pb.ProbePrefixResponse()]
+    router, server = Router(), grpc.server(futures.ThreadPoolExecutor(2))
+    router_pb2_grpc.add_RouterServiceServicer_to_server(router, server)
+    server.add_insecure_port(f"unix:{tmp_path}/router.sock")
+    server.start()
+    try:
+        flags = (
+            "--text",
+            "x",
+            "--token",
+            "mine",
+            "--router-address",
+            f"unix:{tmp_path}/router.sock",
+        )
+        assert ask(address, "probe", *flags) == 0
+    finally:
+        server.stop(None).wait()
+    assert router.authorizations == ["Bearer mine"]
+    assert memory.asked("ProbePrefix")[0][0] == pb.ProbePrefixRequest(token_ids=[4, 5, 6])
 
 
 def test_a_reader_that_has_enough_is_no_failure(memory: ScriptedMemory, address: str) -> None:
