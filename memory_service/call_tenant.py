@@ -41,6 +41,12 @@ def tenant_of(call: Call) -> str | None:
     return names[0]
 
 
+def refuse_tenant(call: Call, why: str) -> None:
+    """Raise InvalidRequest for a call that names a tenant, since it speaks for that one alone."""
+    if tenant_of(call) is not None:
+        raise InvalidRequest.of([FieldViolation(TENANT_KEY, f"must be absent: {why}")])
+
+
 def name_violation(field: str, name: str) -> FieldViolation | None:
     """What is wrong with a tenant's name."""
     if len(name) <= MAX_TENANT_CHARS and name.isprintable():

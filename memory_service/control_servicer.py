@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from memory_service.call_tenant import NO_TENANT, TENANT_KEY, name_violation, tenant_of
+from memory_service.call_tenant import NO_TENANT, name_violation, refuse_tenant, tenant_of
 from memory_service.inspection_messages import tenant_message, timestamp
 from memory_service.public_ids import parse_prefix, parse_retention, prefix_name, retention_name
 from memory_service.request_checks import raise_if_any, token_array
 from memory_service.tenants import MAX_PRIORITY
 from protos.memory.v1 import control_pb2 as pb
 from protos.memory.v1 import control_pb2_grpc
-from quire.errors import FieldViolation, InvalidRequest, NoPool
+from quire.errors import FieldViolation, NoPool
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,7 +47,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext[pb.SetQuotaRequest, pb.SetQuotaResponse],
     ) -> pb.SetQuotaResponse:
         """Bound a tenant."""
-        _refuse_tenant(context, "no tenant bounds itself or others")
+        refuse_tenant(context, "no tenant bounds itself or others")
         raise_if_any(_quota_violations(request))
         manager = self._manager
         manager.sharing.set_quota(
@@ -119,10 +119,10 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         token_ids = np.empty(0, dtype=np.int32)
         if request.token_ids:
             token_ids = token_array("token_ids", request.token_ids, manager)
-            raise_if_any([_block_violation(len(token_ids), manager.block_size)])
+        plan = manager.sharing.plan_flush(tenant, token_ids)
         num_freed = num_used = 0
         while True:
-            outcome = manager.sharing.flush(tenant, token_ids)
+            outcome = manager.sharing.flush_part(plan)
             num_freed += outcome.num_freed
             num_used += outcome.num_used
             if outcome.is_done:
@@ -137,7 +137,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext[pb.PublishPrefixRequest, pb.PublishPrefixResponse],
     ) -> pb.PublishPrefixResponse:
         """Let all tenants share a run of tokens."""
-        _refuse_tenant(context, "what all tenants share is published for all of them")
+        refuse_tenant(context, "what all tenants share is published for all of them")
         manager = self._manager
         token_ids = token_array("token_ids", request.token_ids, manager)
         raise_if_any([_block_violation(len(token_ids), manager.block_size)])
@@ -156,7 +156,7 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
         context: grpc.aio.ServicerContext[pb.WithdrawPrefixRequest, pb.WithdrawPrefixResponse],
     ) -> pb.WithdrawPrefixResponse:
         """End the sharing of a prefix."""
-        _refuse_tenant(context, "what all tenants share is withdrawn from all of them")
+        refuse_tenant(context, "what all tenants share is withdrawn from all of them")
         manager = self._manager
         outcome = manager.sharing.withdraw(parse_prefix(request.prefix_id))
         return pb.WithdrawPrefixResponse(
@@ -164,12 +164,6 @@ class ControlServicer(control_pb2_grpc.ControlServiceServicer):
             reason=outcome.reason,
             revision=str(manager.revision),
         )
-
-
-def _refuse_tenant(context: grpc.aio.ServicerContext[Any, Any], why: str) -> None:
-    """A call that names a tenant speaks for that one alone."""
-    if tenant_of(context) is not None:
-        raise InvalidRequest.of([FieldViolation(TENANT_KEY, f"must be absent: {why}")])
 
 
 def _verdict(found: Verdict) -> pb.Verdict.ValueType:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from memory_service.block_hash import HASH_BYTES, PUBLIC_SALT, BlockHash
-from memory_service.prefix_index import INDEXED
+from memory_service.prefix_index import INDEXED, MAX_CHAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
 
     from memory_service.block_manager import BlockManager
     from memory_service.prefix_index import IndexArrays
-
-# Keys are digests, at most one a slot on average: a chain of so many blocks runs in a circle.
-_MAX_CHAIN: Final = 200
 
 
 def _indexed(arrays: IndexArrays, begin: int, end: int) -> NDArray[np.intp]:
@@ -30,14 +27,7 @@ def check_own_keys(manager: BlockManager, begin: int, end: int) -> Iterator[str]
     """Each indexed block of the range is what a look-up of its key finds."""
     arrays = manager.pool.index.arrays()
     wanted = _indexed(arrays, begin, end)
-    found = arrays.heads[arrays.slots(wanted)].astype(np.intp)
-    searching = np.arange(len(wanted))
-    for _ in range(_MAX_CHAIN):
-        differs = (arrays.keys[found[searching]] != arrays.keys[wanted[searching]]).any(axis=1)
-        searching = searching[differs & (found[searching] != 0)]
-        if not len(searching):
-            break
-        found[searching] = arrays.chain[found[searching]]
+    found = arrays.find(arrays.keys[wanted])
     for block_id in wanted[found != wanted].tolist():
         yield f"block {block_id} does not answer for its own key"
 
@@ -47,7 +37,7 @@ def check_chains(manager: BlockManager, begin: int, end: int) -> Iterator[str]:
     arrays = manager.pool.index.arrays()
     blocks = arrays.heads[begin:end].astype(np.intp)
     slots = begin + np.arange(len(blocks))
-    for _ in range(_MAX_CHAIN):
+    for _ in range(MAX_CHAIN):
         blocks, slots = blocks[blocks != 0], slots[blocks != 0]
         if not len(blocks):
             return

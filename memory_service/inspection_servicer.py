@@ -11,7 +11,7 @@ from memory_service.block_view import (
     is_duration,
     is_key_prefix,
 )
-from memory_service.call_tenant import NO_TENANT, tenant_of
+from memory_service.call_tenant import NO_TENANT, refuse_tenant, tenant_of
 from memory_service.explanation_messages import explain
 from memory_service.inspection_messages import (
     block_message,
@@ -250,6 +250,7 @@ class InspectionServicer(inspection_pb2_grpc.InspectionServiceServicer):
         context: grpc.aio.ServicerContext[pb.CheckIntegrityRequest, pb.CheckIntegrityResponse],
     ) -> pb.CheckIntegrityResponse:
         """Compare the books, part by part, between which steps are answered."""
+        refuse_tenant(context, "the books are those of the whole pool")
         manager = self._registry.pool.manager
         findings = await check_in_turns(manager)
         return pb.CheckIntegrityResponse(revision=str(manager.revision), findings=findings)

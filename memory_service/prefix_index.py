@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from memory_service.demand import IntArray
 
 _NONE: Final = 0  # the null block is never indexed, so it ends every list
+MAX_CHAIN: Final = 200
 _UNKNOWN, _FORGOTTEN, INDEXED = 0, 1, 2
 
 
@@ -38,6 +39,19 @@ class IndexArrays:
     def slots(self, block_ids: NDArray[np.intp] | IntArray) -> NDArray[np.uint32]:
         """Where the keys of blocks belong."""
         found: NDArray[np.uint32] = self.keys[block_ids, 0] & np.uint32(self.mask)
+        return found
+
+    def find(self, keys: NDArray[np.uint32]) -> NDArray[np.intp]:
+        """The block of each key; 0 where there is none."""
+        found: NDArray[np.intp] = self.heads[keys[:, 0] & np.uint32(self.mask)].astype(np.intp)
+        searching = np.arange(len(keys))
+        # At most one key a slot on average: a chain that is longer than this runs in a circle.
+        for _ in range(MAX_CHAIN):
+            differs = (self.keys[found[searching]] != keys[searching]).any(axis=1)
+            searching = searching[differs & (found[searching] != _NONE)]
+            if not len(searching):
+                break
+            found[searching] = self.chain[found[searching]]
         return found
 
     def lineage_slots(self, block_ids: NDArray[np.intp] | IntArray) -> NDArray[np.uint32]:

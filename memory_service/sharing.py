@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from itertools import islice
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from memory_service.block_hash import PUBLIC_SALT, tenant_salt
-from memory_service.prefix_index import INDEXED
+from memory_service.flushing import next_part, plan_flush
 from memory_service.record import (
     Flushed,
     PrefixPublished,
@@ -22,17 +21,17 @@ from memory_service.record import (
 from memory_service.retention import MAX_PUBLISHED, MAX_RETENTIONS, MAX_RETENTIONS_OF_ONE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from memory_service.block_hash import BlockHash
     from memory_service.demand import IntArray
+    from memory_service.flushing import FlushPlan
     from memory_service.ledger import Ledger
     from memory_service.prefix_lookup import PrefixLookup
     from memory_service.record import Change
     from memory_service.tenants import Tenant
 
-FLUSH_CHUNK: Final = 2048  # blocks that one flush looks at: a larger one is made of several
+FLUSH_CHUNK: Final = 1024  # blocks that one part of a flush forgets
 
 
 class Verdict(Enum):
@@ -175,60 +174,25 @@ class Sharing:
 
     # Flush
 
-    def flush(self, tenant: str, token_ids: IntArray) -> FlushOutcome:
-        """Forget at most `FLUSH_CHUNK` blocks of `tenant`, or of those behind a prefix; called again until it is done."""
-        found = self._behind(tenant, token_ids) if len(token_ids) else self._all_of(tenant)
-        chosen = found[:FLUSH_CHUNK]
+    def plan_flush(self, tenant: str, token_ids: IntArray) -> FlushPlan:
+        """What is forgotten of `tenant`: all, or what begins with `token_ids`. Changes nothing."""
+        return plan_flush(self._ledger, tenant, token_ids)
+
+    def flush_part(self, plan: FlushPlan) -> FlushOutcome:
+        """Forget the next `FLUSH_CHUNK` blocks of a plan; what was sealed since it was made is not among them."""
+        chosen = next_part(self._ledger, plan, FLUSH_CHUNK)
         if not chosen:
-            return FlushOutcome()
+            return FlushOutcome(is_done=plan.is_done)
         num_free = self._ledger.pool.num_free
         with self._changing():
             apply_flush(self._ledger, chosen)
             self._tell(Flushed(np.array(chosen, dtype=np.int32)))
         num_freed = self._ledger.pool.num_free - num_free
-        return FlushOutcome(num_freed, len(chosen) - num_freed, len(found) == len(chosen))
+        return FlushOutcome(num_freed, len(chosen) - num_freed, plan.is_done)
 
-    def _all_of(self, tenant: str) -> list[int]:
-        pool = self._ledger.pool
-        found = pool.tenants.get(tenant)
-        if found is None:
-            return []
-        homes = [home.home_id for home in found.homes.values()]
-        is_own = np.isin(pool.home_ids, homes)
-        is_own &= np.frombuffer(pool.index.states, np.uint8) == INDEXED
-        return np.flatnonzero(is_own).tolist()
-
-    def _behind(self, tenant: str, token_ids: IntArray) -> list[int]:
-        """The blocks of `tenant` whose tokens begin with `token_ids`, as far as those fill blocks; heads last."""
-        salt = self.salt(tenant)
-        keys = self._lookup.keys(token_ids, salt)
-        if not keys:
-            return []
-        found = list(islice(self._tails_first(keys[-1], salt), FLUSH_CHUNK + 1))
-        head = self._ledger.pool.index.find(keys[-1])
-        if len(found) <= FLUSH_CHUNK and head and self._is_own(head, tenant):
-            found.append(head)
-        return found
-
-    def _tails_first(self, key: BlockHash, salt: bytes) -> Iterator[int]:
-        """Every block behind `key`, each after all that are behind it: none is forgotten that still leads somewhere."""
-        index, hasher = self._ledger.pool.index, self._ledger.hasher
-        blocks: list[int] = []
-        behind = [index.followers(hasher.lineage(key, salt), FLUSH_CHUNK + 1)]
-        while behind:
-            if behind[-1]:
-                blocks.append(behind[-1].pop())
-                found = index.key_of(blocks[-1])
-                assert found is not None
-                behind.append(index.followers(hasher.lineage(found, salt), FLUSH_CHUNK + 1))
-            else:
-                behind.pop()
-                if blocks:
-                    yield blocks.pop()
-
-    def _is_own(self, block_id: int, tenant: str) -> bool:
-        home = self._ledger.pool.home_of(block_id)
-        return home is not None and home.tenant.name == tenant
+    def flush(self, tenant: str, token_ids: IntArray) -> FlushOutcome:
+        """Make a plan and its first part; called again until it is done."""
+        return self.flush_part(self.plan_flush(tenant, token_ids))
 
     # Published prefixes
 

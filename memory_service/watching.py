@@ -6,11 +6,10 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-from memory_service.call_tenant import TENANT_KEY, tenant_of
+from memory_service.call_tenant import refuse_tenant
 from memory_service.pool_messages import epoch_of
 from memory_service.watch_hub import WatchHub
 from memory_service.watch_messages import WatchMessages, parse_resume_token
-from quire.errors import FieldViolation, InvalidRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -67,7 +66,8 @@ class Watching:
             InvalidRequest: for a token that was not given here, or for a call of one tenant.
             NoPool: when there is no pool, or none after the one that was watched.
         """
-        _refuse_tenant(call)
+        # Which blocks change, and when, would tell a tenant what others do.
+        refuse_tenant(call, "a watch shows the whole pool, all tenants' part of it")
         woken = asyncio.Event()
         watcher = self._join(parse_resume_token(token), woken)
         try:
@@ -97,10 +97,3 @@ class Watching:
         if self._hub is not None:
             self._hub.close()
             self._hub = None
-
-
-def _refuse_tenant(call: call_tenant.Call) -> None:
-    """Which blocks change, and when, would tell a tenant what others do."""
-    if tenant_of(call) is not None:
-        description = "must be absent: a watch shows the whole pool, all tenants' part of it"
-        raise InvalidRequest.of([FieldViolation(TENANT_KEY, description)])

@@ -292,7 +292,6 @@ TOKENS = pb.TokenRun(token_ids=[1] * 4)
         ("Release", pb.ReleaseRequest(retention_id="p-1"), ["retention_id"]),
         ("Release", pb.ReleaseRequest(retention_id="r-" + "9" * 5000), ["retention_id"]),
         ("Release", pb.ReleaseRequest(), ["retention_id"]),
-        ("Flush", pb.FlushRequest(token_ids=[1, 2, 3]), ["token_ids"]),
         ("Flush", pb.FlushRequest(token_ids=[-1] * 4), ["token_ids[0]"]),
         ("PublishPrefix", pb.PublishPrefixRequest(), ["token_ids"]),
         ("PublishPrefix", pb.PublishPrefixRequest(token_ids=[1] * 3), ["token_ids"]),

@@ -637,12 +637,14 @@ def test_a_call_of_several_tenants_is_refused(
 
 
 def test_books_that_disagree_are_findings() -> None:
-    """Of sound books there are none; a wrong count is told in a sentence, at the revision that was checked."""
+    """Of sound books there are none; a wrong count is told in a sentence, and to no tenant alone."""
     manager = new_manager(20)
     (block_id,) = OneRouter(manager).run(0, [1] * 3)
     servicer = servicer_of(manager)
     answer = ask(servicer.CheckIntegrity, pb.CheckIntegrityRequest())
     assert (list(answer.findings), answer.revision) == ([], str(manager.revision))
     manager.pool.ref_counts[block_id] += 1
+    with pytest.raises(InvalidRequest, match="whole pool"):
+        ask(servicer.CheckIntegrity, pb.CheckIntegrityRequest(), "red")
     (finding,) = ask(servicer.CheckIntegrity, pb.CheckIntegrityRequest()).findings
     assert finding == f"block {block_id} has ref_count 2, 1 tables hold it"

@@ -286,7 +286,9 @@ class FlushRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Only what begins with these tokens; empty: all of the tenant."""
+        """Only what begins with these tokens, and blocks whose own beginning was evicted, since nothing tells any more what it
+        was; empty: all of the tenant.
+        """
 
     def __init__(
         self,

@@ -102,9 +102,10 @@ class ControlServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Flush(self, request, context):
-        """Flush forgets cached content of a tenant, or what lies behind a prefix: free blocks at once, blocks in use cannot be
-        hit any more and are freed with their last holder. A repeat finds nothing left. Errors: INVALID_ARGUMENT
-        INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+        """Flush forgets cached content of a tenant, or of it what begins with some tokens: cached blocks are free at once, blocks
+        in use cannot be hit any more and are freed with their last holder. What is forgotten is decided at one revision; what
+        a sequence seals later is cached anew. Published prefixes stay: they are withdrawn. A repeat finds nothing left. Errors:
+        INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second; a million blocks take ten.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,9 +51,10 @@ class ControlServiceStub:
     Errors: INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
     """
     Flush: _grpc.UnaryUnaryMultiCallable[_control_pb2.FlushRequest, _control_pb2.FlushResponse]
-    """Flush forgets cached content of a tenant, or what lies behind a prefix: free blocks at once, blocks in use cannot be
-    hit any more and are freed with their last holder. A repeat finds nothing left. Errors: INVALID_ARGUMENT
-    INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+    """Flush forgets cached content of a tenant, or of it what begins with some tokens: cached blocks are free at once, blocks
+    in use cannot be hit any more and are freed with their last holder. What is forgotten is decided at one revision; what
+    a sequence seals later is cached anew. Published prefixes stay: they are withdrawn. A repeat finds nothing left. Errors:
+    INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second; a million blocks take ten.
     """
     PublishPrefix: _grpc.UnaryUnaryMultiCallable[_control_pb2.PublishPrefixRequest, _control_pb2.PublishPrefixResponse]
     """PublishPrefix lets all tenants share the blocks of a run of tokens. It holds for sequences that are admitted from then
@@ -89,9 +90,10 @@ class ControlServiceAsyncStub(ControlServiceStub):
     Errors: INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
     """
     Flush: _aio.UnaryUnaryMultiCallable[_control_pb2.FlushRequest, _control_pb2.FlushResponse]  # type: ignore[assignment]
-    """Flush forgets cached content of a tenant, or what lies behind a prefix: free blocks at once, blocks in use cannot be
-    hit any more and are freed with their last holder. A repeat finds nothing left. Errors: INVALID_ARGUMENT
-    INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+    """Flush forgets cached content of a tenant, or of it what begins with some tokens: cached blocks are free at once, blocks
+    in use cannot be hit any more and are freed with their last holder. What is forgotten is decided at one revision; what
+    a sequence seals later is cached anew. Published prefixes stay: they are withdrawn. A repeat finds nothing left. Errors:
+    INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second; a million blocks take ten.
     """
     PublishPrefix: _aio.UnaryUnaryMultiCallable[_control_pb2.PublishPrefixRequest, _control_pb2.PublishPrefixResponse]  # type: ignore[assignment]
     """PublishPrefix lets all tenants share the blocks of a run of tokens. It holds for sequences that are admitted from then
@@ -148,9 +150,10 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.FlushRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.FlushResponse, _abc.Awaitable[_control_pb2.FlushResponse]]:
-        """Flush forgets cached content of a tenant, or what lies behind a prefix: free blocks at once, blocks in use cannot be
-        hit any more and are freed with their last holder. A repeat finds nothing left. Errors: INVALID_ARGUMENT
-        INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+        """Flush forgets cached content of a tenant, or of it what begins with some tokens: cached blocks are free at once, blocks
+        in use cannot be hit any more and are freed with their last holder. What is forgotten is decided at one revision; what
+        a sequence seals later is cached anew. Published prefixes stay: they are withdrawn. A repeat finds nothing left. Errors:
+        INVALID_ARGUMENT INVALID_REQUEST, UNAVAILABLE NO_POOL. Typical deadline: 1 second; a million blocks take ten.
         """
 
     @_abc_1.abstractmethod

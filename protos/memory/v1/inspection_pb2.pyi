@@ -581,7 +581,7 @@ class Block(_message.Message):
     tenant: _builtins.str
     """Tenant whose quota it counts against; of a free block nobody's."""
     idle_seconds: _builtins.float
-    """Seconds since it was last given out, hit or let go."""
+    """Seconds since it was last given out, hit or let go; 0 for a block that was never given out."""
     retention_id: _builtins.str
     """Retention that protects it; empty for none."""
     priority: _builtins.int
@@ -718,7 +718,7 @@ Global___ListTenantsRequest: _TypeAlias = ListTenantsRequest  # noqa: Y015
 
 @_typing.final
 class ListTenantsResponse(_message.Message):
-    """ListTenantsResponse lists all tenants that hold blocks, wait for some or have a quota."""
+    """ListTenantsResponse lists all tenants that hold blocks, have live sequences, retentions or a quota."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1121,10 +1121,10 @@ class CheckIntegrityResponse(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     FINDINGS_FIELD_NUMBER: _builtins.int
     revision: _builtins.str
-    """Revision of the state that was checked."""
+    """Revision at the last part of the check."""
     @_builtins.property
     def findings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Findings in full sentences; empty when all is well."""
+        """Findings in full sentences, of each kind at most fifty in a part; empty when all is well."""
 
     def __init__(
         self,

@@ -101,38 +101,43 @@ class InspectionServiceServicer:
     """
 
     def GetPool(self, request, context):
-        """GetPool counts the pool's blocks. Errors: UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+        """GetPool counts the pool's blocks. One tenant is told how full the whole pool is (blocks free, cached, used and evicted);
+        sequences, sessions, slots, and shared, pinned and retained blocks are its own; what was looked up, found and
+        deduplicated is left out. Errors: UNAVAILABLE NO_POOL. Typical deadline: 1 second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSequences(self, request, context):
-        """ListSequences lists the live sequences of all sessions, by sequence id. Errors: INVALID_ARGUMENT INVALID_REQUEST
-        for a page token that this service did not give. Typical deadline: 1 second.
+        """ListSequences lists the live sequences of all sessions, by sequence id, then by session id. What lives throughout is
+        listed once, whatever begins and ends between two pages. Errors: INVALID_ARGUMENT INVALID_REQUEST for a page token
+        that this service did not give. Typical deadline: 1 second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSequence(self, request, context):
-        """GetSequence shows one sequence with its block table. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1
-        second.
+        """GetSequence shows one sequence with its block table. Two sessions may use the same id: the sequence that was admitted
+        last is shown, ListSequences has both. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1 second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListBlocks(self, request, context):
-        """ListBlocks lists blocks, by block id; the filters must all hold. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical
-        deadline: 1 second.
+        """ListBlocks lists blocks, by block id; the filters must all hold. For one tenant they are those that count against it:
+        neither free ones nor those of published prefixes. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical deadline: 1
+        second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetBlock(self, request, context):
-        """GetBlock shows one block with all who hold it. Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second.
+        """GetBlock shows one block with all who hold it; for one tenant a block that counts against it, with its sequences.
+        Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,8 +176,10 @@ class InspectionServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CheckIntegrity(self, request, context):
-        """CheckIntegrity verifies that the pool's books agree with each other; findings are data, not an error. Typical
-        deadline: 10 seconds.
+        """CheckIntegrity verifies that the books of the whole pool agree with each other; findings are data, not an error. It is
+        made in parts of a few milliseconds, between which steps are answered, each at one revision; a million blocks take
+        about ten seconds beside a busy service, most of it for the keys, which are all made again. Errors: INVALID_ARGUMENT
+        INVALID_REQUEST for a call that names a tenant, UNAVAILABLE NO_POOL. Typical deadline: 30 seconds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

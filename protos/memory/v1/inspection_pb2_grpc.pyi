@@ -37,21 +37,28 @@ class InspectionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InspectionServiceAsyncStub: ...
     GetPool: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.GetPoolRequest, _inspection_pb2.GetPoolResponse]
-    """GetPool counts the pool's blocks. Errors: UNAVAILABLE NO_POOL. Typical deadline: 1 second."""
+    """GetPool counts the pool's blocks. One tenant is told how full the whole pool is (blocks free, cached, used and evicted);
+    sequences, sessions, slots, and shared, pinned and retained blocks are its own; what was looked up, found and
+    deduplicated is left out. Errors: UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+    """
     ListSequences: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ListSequencesRequest, _inspection_pb2.ListSequencesResponse]
-    """ListSequences lists the live sequences of all sessions, by sequence id. Errors: INVALID_ARGUMENT INVALID_REQUEST
-    for a page token that this service did not give. Typical deadline: 1 second.
+    """ListSequences lists the live sequences of all sessions, by sequence id, then by session id. What lives throughout is
+    listed once, whatever begins and ends between two pages. Errors: INVALID_ARGUMENT INVALID_REQUEST for a page token
+    that this service did not give. Typical deadline: 1 second.
     """
     GetSequence: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.GetSequenceRequest, _inspection_pb2.GetSequenceResponse]
-    """GetSequence shows one sequence with its block table. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1
-    second.
+    """GetSequence shows one sequence with its block table. Two sessions may use the same id: the sequence that was admitted
+    last is shown, ListSequences has both. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1 second.
     """
     ListBlocks: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ListBlocksRequest, _inspection_pb2.ListBlocksResponse]
-    """ListBlocks lists blocks, by block id; the filters must all hold. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical
-    deadline: 1 second.
+    """ListBlocks lists blocks, by block id; the filters must all hold. For one tenant they are those that count against it:
+    neither free ones nor those of published prefixes. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical deadline: 1
+    second.
     """
     GetBlock: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.GetBlockRequest, _inspection_pb2.GetBlockResponse]
-    """GetBlock shows one block with all who hold it. Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second."""
+    """GetBlock shows one block with all who hold it; for one tenant a block that counts against it, with its sequences.
+    Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second.
+    """
     ListTenants: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ListTenantsRequest, _inspection_pb2.ListTenantsResponse]
     """ListTenants shows what each tenant holds and may hold, by name. Typical deadline: 1 second."""
     ListRetentions: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.ListRetentionsRequest, _inspection_pb2.ListRetentionsResponse]
@@ -67,8 +74,10 @@ class InspectionServiceStub:
     are asked about. An unknown subject has an empty answer. Typical deadline: 1 second.
     """
     CheckIntegrity: _grpc.UnaryUnaryMultiCallable[_inspection_pb2.CheckIntegrityRequest, _inspection_pb2.CheckIntegrityResponse]
-    """CheckIntegrity verifies that the pool's books agree with each other; findings are data, not an error. Typical
-    deadline: 10 seconds.
+    """CheckIntegrity verifies that the books of the whole pool agree with each other; findings are data, not an error. It is
+    made in parts of a few milliseconds, between which steps are answered, each at one revision; a million blocks take
+    about ten seconds beside a busy service, most of it for the keys, which are all made again. Errors: INVALID_ARGUMENT
+    INVALID_REQUEST for a call that names a tenant, UNAVAILABLE NO_POOL. Typical deadline: 30 seconds.
     """
     Watch: _grpc.UnaryStreamMultiCallable[_inspection_pb2.WatchRequest, _inspection_pb2.WatchResponse]
     """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
@@ -86,21 +95,28 @@ class InspectionServiceAsyncStub(InspectionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPool: _aio.UnaryUnaryMultiCallable[_inspection_pb2.GetPoolRequest, _inspection_pb2.GetPoolResponse]  # type: ignore[assignment]
-    """GetPool counts the pool's blocks. Errors: UNAVAILABLE NO_POOL. Typical deadline: 1 second."""
+    """GetPool counts the pool's blocks. One tenant is told how full the whole pool is (blocks free, cached, used and evicted);
+    sequences, sessions, slots, and shared, pinned and retained blocks are its own; what was looked up, found and
+    deduplicated is left out. Errors: UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+    """
     ListSequences: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ListSequencesRequest, _inspection_pb2.ListSequencesResponse]  # type: ignore[assignment]
-    """ListSequences lists the live sequences of all sessions, by sequence id. Errors: INVALID_ARGUMENT INVALID_REQUEST
-    for a page token that this service did not give. Typical deadline: 1 second.
+    """ListSequences lists the live sequences of all sessions, by sequence id, then by session id. What lives throughout is
+    listed once, whatever begins and ends between two pages. Errors: INVALID_ARGUMENT INVALID_REQUEST for a page token
+    that this service did not give. Typical deadline: 1 second.
     """
     GetSequence: _aio.UnaryUnaryMultiCallable[_inspection_pb2.GetSequenceRequest, _inspection_pb2.GetSequenceResponse]  # type: ignore[assignment]
-    """GetSequence shows one sequence with its block table. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1
-    second.
+    """GetSequence shows one sequence with its block table. Two sessions may use the same id: the sequence that was admitted
+    last is shown, ListSequences has both. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1 second.
     """
     ListBlocks: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ListBlocksRequest, _inspection_pb2.ListBlocksResponse]  # type: ignore[assignment]
-    """ListBlocks lists blocks, by block id; the filters must all hold. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical
-    deadline: 1 second.
+    """ListBlocks lists blocks, by block id; the filters must all hold. For one tenant they are those that count against it:
+    neither free ones nor those of published prefixes. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical deadline: 1
+    second.
     """
     GetBlock: _aio.UnaryUnaryMultiCallable[_inspection_pb2.GetBlockRequest, _inspection_pb2.GetBlockResponse]  # type: ignore[assignment]
-    """GetBlock shows one block with all who hold it. Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second."""
+    """GetBlock shows one block with all who hold it; for one tenant a block that counts against it, with its sequences.
+    Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second.
+    """
     ListTenants: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ListTenantsRequest, _inspection_pb2.ListTenantsResponse]  # type: ignore[assignment]
     """ListTenants shows what each tenant holds and may hold, by name. Typical deadline: 1 second."""
     ListRetentions: _aio.UnaryUnaryMultiCallable[_inspection_pb2.ListRetentionsRequest, _inspection_pb2.ListRetentionsResponse]  # type: ignore[assignment]
@@ -116,8 +132,10 @@ class InspectionServiceAsyncStub(InspectionServiceStub):
     are asked about. An unknown subject has an empty answer. Typical deadline: 1 second.
     """
     CheckIntegrity: _aio.UnaryUnaryMultiCallable[_inspection_pb2.CheckIntegrityRequest, _inspection_pb2.CheckIntegrityResponse]  # type: ignore[assignment]
-    """CheckIntegrity verifies that the pool's books agree with each other; findings are data, not an error. Typical
-    deadline: 10 seconds.
+    """CheckIntegrity verifies that the books of the whole pool agree with each other; findings are data, not an error. It is
+    made in parts of a few milliseconds, between which steps are answered, each at one revision; a million blocks take
+    about ten seconds beside a busy service, most of it for the keys, which are all made again. Errors: INVALID_ARGUMENT
+    INVALID_REQUEST for a call that names a tenant, UNAVAILABLE NO_POOL. Typical deadline: 30 seconds.
     """
     Watch: _aio.UnaryStreamMultiCallable[_inspection_pb2.WatchRequest, _inspection_pb2.WatchResponse]  # type: ignore[assignment]
     """Watch sends a snapshot, then every change in order, for as long as the caller reads. Someone who reads too slowly is
@@ -138,7 +156,10 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inspection_pb2.GetPoolRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inspection_pb2.GetPoolResponse, _abc.Awaitable[_inspection_pb2.GetPoolResponse]]:
-        """GetPool counts the pool's blocks. Errors: UNAVAILABLE NO_POOL. Typical deadline: 1 second."""
+        """GetPool counts the pool's blocks. One tenant is told how full the whole pool is (blocks free, cached, used and evicted);
+        sequences, sessions, slots, and shared, pinned and retained blocks are its own; what was looked up, found and
+        deduplicated is left out. Errors: UNAVAILABLE NO_POOL. Typical deadline: 1 second.
+        """
 
     @_abc_1.abstractmethod
     def ListSequences(
@@ -146,8 +167,9 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inspection_pb2.ListSequencesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inspection_pb2.ListSequencesResponse, _abc.Awaitable[_inspection_pb2.ListSequencesResponse]]:
-        """ListSequences lists the live sequences of all sessions, by sequence id. Errors: INVALID_ARGUMENT INVALID_REQUEST
-        for a page token that this service did not give. Typical deadline: 1 second.
+        """ListSequences lists the live sequences of all sessions, by sequence id, then by session id. What lives throughout is
+        listed once, whatever begins and ends between two pages. Errors: INVALID_ARGUMENT INVALID_REQUEST for a page token
+        that this service did not give. Typical deadline: 1 second.
         """
 
     @_abc_1.abstractmethod
@@ -156,8 +178,8 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inspection_pb2.GetSequenceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inspection_pb2.GetSequenceResponse, _abc.Awaitable[_inspection_pb2.GetSequenceResponse]]:
-        """GetSequence shows one sequence with its block table. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1
-        second.
+        """GetSequence shows one sequence with its block table. Two sessions may use the same id: the sequence that was admitted
+        last is shown, ListSequences has both. Errors: NOT_FOUND SEQUENCE_NOT_FOUND. Typical deadline: 1 second.
         """
 
     @_abc_1.abstractmethod
@@ -166,8 +188,9 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inspection_pb2.ListBlocksRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inspection_pb2.ListBlocksResponse, _abc.Awaitable[_inspection_pb2.ListBlocksResponse]]:
-        """ListBlocks lists blocks, by block id; the filters must all hold. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical
-        deadline: 1 second.
+        """ListBlocks lists blocks, by block id; the filters must all hold. For one tenant they are those that count against it:
+        neither free ones nor those of published prefixes. Errors: INVALID_ARGUMENT INVALID_REQUEST. Typical deadline: 1
+        second.
         """
 
     @_abc_1.abstractmethod
@@ -176,7 +199,9 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inspection_pb2.GetBlockRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inspection_pb2.GetBlockResponse, _abc.Awaitable[_inspection_pb2.GetBlockResponse]]:
-        """GetBlock shows one block with all who hold it. Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second."""
+        """GetBlock shows one block with all who hold it; for one tenant a block that counts against it, with its sequences.
+        Errors: NOT_FOUND BLOCK_NOT_FOUND. Typical deadline: 1 second.
+        """
 
     @_abc_1.abstractmethod
     def ListTenants(
@@ -222,8 +247,10 @@ class InspectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inspection_pb2.CheckIntegrityRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inspection_pb2.CheckIntegrityResponse, _abc.Awaitable[_inspection_pb2.CheckIntegrityResponse]]:
-        """CheckIntegrity verifies that the pool's books agree with each other; findings are data, not an error. Typical
-        deadline: 10 seconds.
+        """CheckIntegrity verifies that the books of the whole pool agree with each other; findings are data, not an error. It is
+        made in parts of a few milliseconds, between which steps are answered, each at one revision; a million blocks take
+        about ten seconds beside a busy service, most of it for the keys, which are all made again. Errors: INVALID_ARGUMENT
+        INVALID_REQUEST for a call that names a tenant, UNAVAILABLE NO_POOL. Typical deadline: 30 seconds.
         """
 
     @_abc_1.abstractmethod
