@@ -148,10 +148,10 @@ def assert_sizes(rendering: Rendering, values: Object) -> None:
     """What follows from the pool's size and its log's, follows from them."""
     given = values.get("pool", {})
     pool = given.get("sizeMiB", 1024)
-    logs = 2 * given.get("logCompactMiB", 4) + given.get("logHistoryMiB", 64)
+    logs = 2 * given.get("logCompactMiB", 2) + given.get("logHistoryMiB", 64)
     engine = rendering.named("StatefulSet", "-engine")["spec"]["template"]["spec"]
     (state,) = [found for found in engine["volumes"] if found["name"] == "state"]
-    tmpfs = pool + logs + 184
+    tmpfs = pool + logs + 188
     assert state["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{tmpfs}Mi"}
     if values.get("profile") == "single-container":
         compute = values.get("compute", {}).get("memoryMiB", 8192)

@@ -111,7 +111,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
             "sizeMiB": 128,
             "prefixCache": False,
             "minPartialTokens": 0,
-            "logCompactMiB": 2,
+            "logCompactMiB": 3,
             "logHistoryMiB": 9,
         },
         "scheduling": {
@@ -138,7 +138,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (memory.memory_budget, memory.prefix_cache) == (128 << 20, False)
     assert (memory.lease_ttl_s, memory.max_num_rows) == (2.5, 16)
     assert memory.min_partial_tokens == 0
-    assert (memory.log_compact_size, memory.log_history) == (2 << 20, 9 << 20)
+    assert (memory.log_compact_size, memory.log_history) == (3 << 20, 9 << 20)
     assert (compute.dtype, compute.max_model_len, compute.block_size) == ("float32", 512, 32)
     assert (compute.num_threads, compute.metrics_listen) == (3, "off")
     assert compute.memory_patience_s == 7.5

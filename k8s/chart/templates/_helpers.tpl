@@ -58,10 +58,10 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{/* Numbers that follow from others; each prints an integer. */}}
 
 {{/* The pool's file and what lies beside it, since a full tmpfs ends the memory service: a log that is folded and the one
-     behind it, the older ones, and 184 MiB for two snapshots of 400,000 blocks and logs that grow with them. */}}
+     behind it, the older ones, and 188 MiB for two snapshots of 400,000 blocks and logs that grow with them. */}}
 {{- define "quire.stateMiB" -}}
 {{- with .Values.pool -}}
-{{- add (int64 .sizeMiB) (mul 2 (int64 .logCompactMiB)) (int64 .logHistoryMiB) 184 -}}
+{{- add (int64 .sizeMiB) (mul 2 (int64 .logCompactMiB)) (int64 .logHistoryMiB) 188 -}}
 {{- end -}}
 {{- end }}
 
