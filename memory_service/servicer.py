@@ -9,12 +9,11 @@ import numpy as np
 import structlog
 
 from memory_service.demand import Admit, Fork, StepDemand
-from memory_service.pool_identity import PoolIdentity
+from memory_service.identity_codec import identity_of
 from memory_service.record import ReleaseReason
 from protos.common.v1 import block_pb2
 from protos.memory.v1 import memory_pb2, memory_pb2_grpc, pool_pb2, pool_pb2_grpc
 from quire.errors import BrokenContract
-from quire.pool_layout import LayerGeometry
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -68,7 +67,7 @@ class PoolServicer(pool_pb2_grpc.PoolServiceServicer):
 
     def _attach(self, request: pool_pb2.AttachPoolRequest) -> tuple[Attachment, str]:
         """What the writer is told, and what the log says of it."""
-        identity = _identity(request.identity)
+        identity = identity_of(request.identity)
         if request.HasField("resumption"):
             before = request.resumption
             resumed = self._registry.resume(identity, before.pool_id, before.writer_generation)
@@ -155,19 +154,6 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
             ],
             prefix_cache_enabled=manager.prefix_cache_enabled,
         )
-
-
-def _identity(message: pool_pb2.PoolIdentity) -> PoolIdentity:
-    return PoolIdentity(
-        tuple(
-            LayerGeometry(found.num_kv_heads, found.k_head_dim, found.v_head_dim)
-            for found in message.layers
-        ),
-        message.dtype,
-        message.block_size,
-        (message.tensor_parallel_rank, message.tensor_parallel_size),
-        message.model_fingerprint,
-    )
 
 
 def _demand(step: memory_pb2.AllocateStep) -> StepDemand:
