@@ -70,7 +70,7 @@ test: $(STAMP) $(NODE_STAMP) ## the whole test suite
 test-fast: $(STAMP) $(NODE_STAMP) ## the suite without the token parity of every architecture
 	$(PYTEST) -m "not slow"
 
-test-long: $(STAMP) $(NODE_STAMP) ## the property tests with twenty times the examples
+test-long: $(STAMP) $(NODE_STAMP) ## the property tests, over 100,000 operations against the naive models (nightly)
 	QUIRE_TEST_EXAMPLES=3000 $(PYTEST) -m "not slow" --timeout 1800 tests/memory_service tests/router
 
 bench-paging: $(STAMP) ## the PagedAttention paper's claims measured on the block manager (two minutes)

@@ -6,16 +6,20 @@ import json
 import re
 import subprocess
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from processes import QUIRE
+from processes import QUIRE, children_of
 
 from protos.memory.v1 import inspection_pb2
 from quire import __version__
 from quire.client import Client
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import psutil
     from processes import Quire
 
 
@@ -54,6 +58,15 @@ def test_chat_answers_until_an_empty_line(quire: Quire) -> None:
     assert ended.stdout.count("> ") == 3
 
 
+@contextmanager
+def held_still(process: psutil.Process) -> Iterator[None]:
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
 def test_inspect_shows_what_was_asked_for(quire: Quire) -> None:
     """Pool, sequences, a sequence with its table, integrity; as tables and as JSON; found by the router's address."""
     router = ("--router-address", quire.addresses["router"])
@@ -62,12 +75,15 @@ def test_inspect_shows_what_was_asked_for(quire: Quire) -> None:
         client.generate("x = 1\n" * 50, max_tokens=700, ignore_eos=True, request_id="me") as live,
     ):
         next(live)
-        assert "free" in run("inspect", "pool", *router).stdout
-        assert "me/0" in run("inspect", "sequences", *router).stdout
-        table = json.loads(run("inspect", "sequence", "me/0", "--output", "json", *router).stdout)
-        assert table["sequence"]["requestId"] == "me"
-        assert table["blockTable"][0]["sealed"] is True
-        assert "ref_count" in run("inspect", "sequence", "me/0", *router).stdout
+        # The request must not end while slow commands look at it.
+        with held_still(children_of(quire)["compute_service"]):
+            assert "free" in run("inspect", "pool", *router).stdout
+            assert "me/0" in run("inspect", "sequences", *router).stdout
+            shown = run("inspect", "sequence", "me/0", "--output", "json", *router).stdout
+            table = json.loads(shown)
+            assert table["sequence"]["requestId"] == "me"
+            assert table["blockTable"][0]["sealed"] is True
+            assert "ref_count" in run("inspect", "sequence", "me/0", *router).stdout
     assert run("inspect", "integrity", *router).stdout == "the pool's books agree\n"
     memory = ("--memory-address", quire.addresses["memory"])
     assert json.loads(run("inspect", "pool", "--output", "json", *memory).stdout)["blockSize"] == 16
