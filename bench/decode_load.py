@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 VOCAB_SIZE = 50_000
 ADMITS_PER_STEP = 16
+BLOCK_SIZE = 16
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class DecodeLoad:
     """
 
     num_seqs: int
-    block_size: int = 16
+    block_size: int = BLOCK_SIZE
     first_length: int = 64
     step: int = 0
     rows: IntArray = field(init=False)
@@ -80,6 +81,29 @@ class DecodeLoad:
             extend_starts=after,
             extend_num_tokens=np.ones_like(self.rows),
         )
+
+
+def come_and_go(
+    step: int, name: str, token_ids: IntArray, num_cached_tokens: int = 0
+) -> tuple[StepDemand, StepDemand]:
+    """The two steps of a sequence in row 0 that runs its tokens at once and leaves full blocks behind, from `step` on."""
+    num_sealed = len(token_ids) // BLOCK_SIZE * BLOCK_SIZE
+    return (
+        StepDemand(
+            step=step,
+            acknowledged_step=step - 1,
+            admits=(Admit(0, 1, name, name, token_ids),),
+            admit_token_budget=1 << 30,
+        ),
+        StepDemand(
+            step=step + 1,
+            acknowledged_step=step,
+            commit_rows=np.zeros(1, np.int32),
+            commit_num_computed_tokens=np.array([len(token_ids)], np.int32),
+            commit_token_ids=token_ids[num_cached_tokens:num_sealed],
+            releases=(0,),
+        ),
+    )
 
 
 def as_message(demand: StepDemand, generation: int) -> pb.SessionRequest:

@@ -27,12 +27,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bench.decode_load import DecodeLoad, as_message
+from bench.decode_load import BLOCK_SIZE, DecodeLoad, as_message, come_and_go
 from bench.memory_restart import measure_restart
 from bench.running_memory import RunningMemory
 from memory_service.block_hash import BlockHasher
 from memory_service.block_manager import BlockManager
-from memory_service.demand import Admit, StepDemand
 from memory_service.log_codec import encode_record
 from memory_service.log_file import FrameWriter
 from protos.memory.v1 import memory_pb2 as pb
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
     from memory_service.record import Record
 
-NUM_SEQS, BLOCK_SIZE, PROMPT_TOKENS = 256, 16, 32_768
+NUM_SEQS, PROMPT_TOKENS = 256, 32_768
 STEPS_OF_A_ROUND = 250  # sequences grow: the smallest pool holds no more of them
 SESSION = 1
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -95,26 +94,12 @@ def make_manager(num_blocks: int, folder: str) -> BlockManager:
 
 def fill_with_cached(manager: BlockManager, num_blocks: int) -> None:
     """Leave `num_blocks` cached blocks behind: sequences that came, ran and went."""
-    random, step = np.random.default_rng(1), 0
+    random = np.random.default_rng(1)
     length = 512 * BLOCK_SIZE
     for which in range(-(-num_blocks * BLOCK_SIZE // length)):
         tokens = random.integers(0, 50_000, length, dtype=np.int32)
-        admit = Admit(0, 1, f"fill-{which}", f"fill-{which}", tokens)
-        manager.apply(
-            SESSION, StepDemand(step=step + 1, admits=(admit,), admit_token_budget=length)
-        )
-        step += 2
-        manager.apply(
-            SESSION,
-            StepDemand(
-                step=step,
-                acknowledged_step=step - 1,
-                commit_rows=np.zeros(1, np.int32),
-                commit_num_computed_tokens=np.array([length], np.int32),
-                commit_token_ids=tokens,
-                releases=(0,),
-            ),
-        )
+        for demand in come_and_go(2 * which + 1, f"fill-{which}", tokens):
+            manager.apply(SESSION, demand)
 
 
 def decode_steps(manager: BlockManager, count: int) -> Spread:
@@ -134,29 +119,15 @@ def decode_steps(manager: BlockManager, count: int) -> Spread:
 
 def hit_a_long_prompt(manager: BlockManager, rounds: int) -> Spread:
     """Admit a prompt that is cached whole but for the token that is always run."""
-    tokens = np.random.default_rng(2).integers(0, 50_000, PROMPT_TOKENS + 1, dtype=np.int32)
-    seconds, step = [], 0
+    tokens = np.random.default_rng(2).integers(0, 50_000, PROMPT_TOKENS, dtype=np.int32)
+    seconds = []
     for which in range(rounds + 1):
         # A prompt that is asked about again is remembered: another last token makes it a new one.
-        tokens[-1] = which
         prompt = np.append(tokens, np.int32(which))
-        admit = Admit(0, 1, f"long-{which}", "long", prompt)
-        demand = StepDemand(step=step + 1, admits=(admit,), admit_token_budget=1 << 30)
-        seconds.append(timed(lambda demand=demand: manager.apply(SESSION, demand)))  # type: ignore[misc]
-        step += 2
-        computed = np.array([len(prompt)], np.int32)
-        begin = 0 if not which else PROMPT_TOKENS
-        manager.apply(
-            SESSION,
-            StepDemand(
-                step=step,
-                acknowledged_step=step - 1,
-                commit_rows=np.zeros(1, np.int32),
-                commit_num_computed_tokens=computed,
-                commit_token_ids=prompt[begin:PROMPT_TOKENS],
-                releases=(0,),
-            ),
-        )
+        cached = PROMPT_TOKENS if which else 0
+        come, go = come_and_go(2 * which + 1, f"long-{which}", prompt, cached)
+        seconds.append(timed(lambda come=come: manager.apply(SESSION, come)))  # type: ignore[misc]
+        manager.apply(SESSION, go)
     assert manager.num_prefix_hit_tokens >= rounds * PROMPT_TOKENS
     return Spread.of(seconds[1:])
 

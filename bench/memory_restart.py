@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 import grpc
 import numpy as np
 
-from bench.decode_load import as_message
+from bench.decode_load import as_message, come_and_go
 from bench.running_memory import BLOCK_SIZE, RunningMemory
-from memory_service.demand import Admit, StepDemand
 from protos.memory.v1 import inspection_pb2, inspection_pb2_grpc
 
 if TYPE_CHECKING:
@@ -58,24 +57,10 @@ def measure_restart(num_tokens: int) -> Restart:
 
 async def _fill(memory: RunningMemory, prompts: list[NDArray[np.int32]]) -> None:
     """Each prompt comes, runs and goes."""
-    step = 0
     async with memory.session(max_num_rows=1) as session:
         for which, prompt in enumerate(prompts):
-            admit = Admit(0, 1, f"fill-{which}", f"fill-{which}", prompt)
-            demands = (
-                StepDemand(step=step + 1, admits=(admit,), admit_token_budget=len(prompt)),
-                StepDemand(
-                    step=step + 2,
-                    acknowledged_step=step + 1,
-                    commit_rows=np.zeros(1, np.int32),
-                    commit_num_computed_tokens=np.array([len(prompt)], np.int32),
-                    commit_token_ids=prompt,
-                    releases=(0,),
-                ),
-            )
-            for demand in demands:
+            for demand in come_and_go(2 * which + 1, f"fill-{which}", prompt):
                 await session.ask(as_message(demand, session.generation))
-            step += 2
 
 
 def _probe(memory: RunningMemory, prompt: NDArray[np.int32]) -> int:

@@ -22,6 +22,14 @@ def tenant_salt(tenant: str) -> bytes:
     return _TENANT_SALT + tenant.encode()
 
 
+def split_keys(joined: bytes) -> tuple[BlockHash, ...]:
+    """Keys that were written behind each other; raises ValueError for a part of one."""
+    if len(joined) % HASH_BYTES:
+        raise ValueError("packed keys have a part too much")
+    begins = range(0, len(joined), HASH_BYTES)
+    return tuple(BlockHash(joined[begin : begin + HASH_BYTES]) for begin in begins)
+
+
 class BlockHasher:
     """Keyed BLAKE2b (RFC 7693) over salt, parent key and token ids.
 

@@ -19,7 +19,6 @@ from memory_service.demand_check import DemandCheck
 from memory_service.ledger import Ledger
 from memory_service.prefix_lookup import PrefixHit, PrefixLookup
 from memory_service.record import (
-    ForkRecord,
     Record,
     ReleaseReason,
     SessionEnded,
@@ -157,13 +156,14 @@ class BlockManager:
         is_quiet = num_copies == len(books.unacknowledged_copies)
         seals = self._commit_all(books.table, demand, answer)
         releases = self._release_all(books, demand, answer)
-        forks = tuple(self._fork(books, demand, answer))
+        for fork in demand.forks:
+            answer.forked_tables.append((fork.dst_row, self.ledger.fork(books, fork)))
         takes = self._slots.extend_all(books, demand, answer)
         is_empty = self.num_sequences == 0
         admissions = self._admitter.admit_all(books, demand, answer, is_empty=is_empty)
         self.pool.forget_idle_tenants()
         answer.num_available_blocks = self.pool.num_available
-        is_quiet &= not (len(demand.commit_rows) or releases or forks or takes or admissions)
+        is_quiet &= not (len(demand.commit_rows) or releases or demand.forks or takes or admissions)
         if not is_quiet:
             books.last_applied_step = demand.step
             self._tell(
@@ -175,7 +175,7 @@ class BlockManager:
                     demand.commit_num_computed_tokens,
                     *seals,
                     releases=_array(releases, 2),
-                    forks=forks,
+                    forks=demand.forks,
                     takes=_array(takes, 4),
                     admissions=tuple(admissions),
                 )
@@ -269,21 +269,6 @@ class BlockManager:
             answer.remaps = [found for found in answer.remaps if found[0] not in gone]
         reasons = demand.release_reasons or [ReleaseReason.UNSPECIFIED] * len(demand.releases)
         return [(row, reason.value) for row, reason in zip(demand.releases, reasons, strict=True)]
-
-    def _fork(
-        self, books: SessionBooks, demand: StepDemand, answer: StepAnswer
-    ) -> Iterator[ForkRecord]:
-        for fork in demand.forks:
-            record = ForkRecord(
-                fork.src_row,
-                fork.dst_row,
-                fork.dst_incarnation,
-                fork.sequence_id,
-                fork.request_id,
-                fork.num_tokens,
-            )
-            answer.forked_tables.append((fork.dst_row, self.ledger.fork(books, record)))
-            yield record
 
 
 def _array(rows: Sequence[tuple[int, ...]], width: int) -> IntArray:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from memory_service.pool_view import PoolView
     from memory_service.session_books import SessionBooks
 
-_ROWS_AT_ONCE: Final = 64
 _NIBBLE: Final = 4
 
 
@@ -208,21 +207,10 @@ def _state(pool: BlockPool, block_id: int) -> BlockState:
 
 
 def _entries_of(books: SessionBooks, block_id: int) -> Iterator[tuple[int, int]]:
-    """Rows and indexes of the session's table entries that name a block.
-
-    Rows are looked at from short to long, some at a time: what is compared is little more than what the tables hold.
-    """
-    table = books.table
-    rows = np.flatnonzero(table.is_live)
-    rows = rows[np.argsort(table.num_blocks[rows], kind="stable")]
-    for begin in range(0, len(rows), _ROWS_AT_ONCE):
-        some = rows[begin : begin + _ROWS_AT_ONCE]
-        lengths = table.num_blocks[some]
-        width = int(lengths[-1])
-        is_it = table.entries[some, :width] == block_id
-        is_it &= np.arange(width) < lengths[:, None]
-        for where, index in np.argwhere(is_it).tolist():
-            yield int(some[where]), index
+    """Rows and indexes of the session's table entries that name a block."""
+    for rows, entries, is_entry in books.table.live_parts():
+        for where, index in np.argwhere(is_entry & (entries == block_id)).tolist():
+            yield int(rows[where]), index
 
 
 def is_key_prefix(text: str) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from memory_service.block_hash import HASH_BYTES, BlockHash
+from memory_service.block_hash import split_keys
 from memory_service.ledger import APPENDED, NewSequence
 from memory_service.record import (
     AdmissionRecord,
@@ -159,13 +159,6 @@ class Fold:
             list(split_keys(record.expected_keys)),
         )
         _expect(record.block_table.tolist(), self._ledger.admit(books, step, new).tolist())
-
-
-def split_keys(joined: bytes) -> tuple[BlockHash, ...]:
-    """Keys that were written behind each other."""
-    return tuple(
-        BlockHash(joined[begin : begin + HASH_BYTES]) for begin in range(0, len(joined), HASH_BYTES)
-    )
 
 
 def _expect(recorded: object, found: object) -> None:

@@ -133,15 +133,9 @@ def _check_block(manager: BlockManager, begin: int, end: int) -> Iterator[str]:
 
 
 def _entries(books: SessionBooks) -> Iterator[IntArray]:
-    """What all tables of a session hold. Short ones come first: what is masked out is little."""
-    table = books.table
-    rows = np.flatnonzero(table.is_live)
-    rows = rows[np.argsort(table.num_blocks[rows], kind="stable")]
-    for begin in range(0, len(rows), _ROWS_AT_ONCE):
-        some = rows[begin : begin + _ROWS_AT_ONCE]
-        lengths = table.num_blocks[some]
-        width = int(lengths[-1])
-        yield table.entries[some, :width][np.arange(width) < lengths[:, None]]
+    """What all tables of a session hold."""
+    for _, entries, is_entry in books.table.live_parts():
+        yield entries[is_entry]
 
 
 def _check_references(manager: BlockManager) -> Iterator[str]:

@@ -19,8 +19,7 @@ from memory_service.tenants import PUBLIC_TENANT
 
 if TYPE_CHECKING:
     from memory_service.block_pool import BlockPool
-    from memory_service.demand import IntArray
-    from memory_service.record import ForkRecord
+    from memory_service.demand import Fork, IntArray
     from memory_service.retention import Retentions
 
 APPENDED: Final = 0  # in place of the source of a copy
@@ -201,7 +200,7 @@ class Ledger:
         sequence.tenant.num_sequences -= 1
         self.pool.note_idle(sequence.tenant)
 
-    def fork(self, books: SessionBooks, fork: ForkRecord) -> IntArray:
+    def fork(self, books: SessionBooks, fork: Fork) -> IntArray:
         """A sequence begins that shares another one's blocks; its table."""
         table, parent = books.table, books.table[fork.src_row]
         num_blocks = -(-fork.num_tokens // self.block_size)

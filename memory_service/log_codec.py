@@ -14,7 +14,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from memory_service import record as nouns
-from memory_service.block_hash import HASH_BYTES, BlockHash
+from memory_service.block_hash import split_keys
+from memory_service.demand import Fork
 from protos.memory.v1 import log_pb2 as pb
 
 if TYPE_CHECKING:
@@ -84,13 +85,6 @@ def _unpack_rows(packed: bytes, width: int) -> IntArray:
     return np.frombuffer(packed, dtype=_INT32).reshape(-1, width)
 
 
-def _split_keys(joined: bytes) -> tuple[BlockHash, ...]:
-    if len(joined) % HASH_BYTES:
-        raise ValueError("packed keys have a part too much")
-    ends = range(HASH_BYTES, len(joined) + 1, HASH_BYTES)
-    return tuple(BlockHash(joined[end - HASH_BYTES : end]) for end in ends)
-
-
 def _to_messages(nouns_: Iterable[object], cls: type[Message]) -> list[Message]:
     return [_to_message(found, cls) for found in nouns_]
 
@@ -124,11 +118,11 @@ _PACKERS: Final[dict[str, Callable[[Any], Any]]] = {
 _UNPACKERS: Final[dict[str, Callable[[Any], Any]]] = {
     **dict.fromkeys(_NUMBERS, _unpack),
     **{name: partial(_unpack_rows, width=width) for name, width in _ROWS.items()},
-    "keys": _split_keys,
-    "forks": partial(_from_messages, cls=nouns.ForkRecord),
+    "keys": split_keys,
+    "forks": partial(_from_messages, cls=Fork),
     "admissions": partial(_from_messages, cls=nouns.AdmissionRecord),
 }
-_NOUNS: Final = (*_MESSAGES, nouns.ForkRecord, nouns.AdmissionRecord)
+_NOUNS: Final = (*_MESSAGES, Fork, nouns.AdmissionRecord)
 _PACKED_FIELDS: Final = {
     cls: [(found.name, _PACKERS.get(found.name)) for found in fields(cls)] for cls in _NOUNS
 }

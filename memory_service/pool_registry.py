@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from memory_service.pool_identity import PoolIdentity
     from memory_service.writer_process import WriterProcess
 
-# A copy of a block over all layers is about as dear as running so many tokens beside others.
-
 _logger = structlog.get_logger()
 
 

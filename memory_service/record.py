@@ -14,7 +14,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from memory_service.block_hash import BlockHash
-    from memory_service.demand import IntArray
+    from memory_service.demand import Fork, IntArray
 
 
 class ReleaseReason(Enum):
@@ -31,18 +31,6 @@ class ReleaseReason(Enum):
 
 def _no_rows(width: int) -> IntArray:
     return np.empty((0, width), dtype=np.int32)
-
-
-@dataclass(frozen=True, slots=True)
-class ForkRecord:
-    """A sequence that shares `[0, num_tokens)` of another one of the session."""
-
-    src_row: int
-    dst_row: int
-    dst_incarnation: int
-    sequence_id: str
-    request_id: str
-    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +63,7 @@ class StepApplied:
     seal_keys: bytes = b""  # 16 bytes a seal; empty without a prefix cache
     seal_token_ids: bytes = b""  # `block_size` int32 a seal; empty without a prefix cache
     releases: IntArray = field(default_factory=lambda: _no_rows(2))  # (row, ReleaseReason)
-    forks: tuple[ForkRecord, ...] = ()
+    forks: tuple[Fork, ...] = ()
     # (row, index, block, source): an entry appended (source 0), or replaced by a copy of `source`.
     takes: IntArray = field(default_factory=lambda: _no_rows(4))
     admissions: tuple[AdmissionRecord, ...] = ()

@@ -10,11 +10,14 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from numpy.typing import NDArray
+
     from memory_service.block_hash import BlockHash
     from memory_service.demand import IntArray
     from memory_service.tenants import Home, Tenant
 
 _FIRST_WIDTH = 16
+_ROWS_OF_A_PART = 64
 
 
 @dataclass(slots=True)
@@ -98,6 +101,19 @@ class SequenceTable:
         wider = np.zeros((self.max_num_rows, max(width, 2 * self.entries.shape[1])), np.int32)
         wider[:, : self.entries.shape[1]] = self.entries
         self.entries = wider
+
+    def live_parts(self) -> Iterator[tuple[IntArray, IntArray, NDArray[np.bool_]]]:
+        """The live rows, some at a time: the rows, their entries side by side, and which of these mean anything.
+
+        Short tables come first, so that rows of one part are about as long as each other.
+        """
+        rows = np.flatnonzero(self.is_live).astype(np.int32)
+        rows = rows[np.argsort(self.num_blocks[rows], kind="stable")]
+        for begin in range(0, len(rows), _ROWS_OF_A_PART):
+            some = rows[begin : begin + _ROWS_OF_A_PART]
+            lengths = self.num_blocks[some]
+            width = int(lengths[-1])
+            yield some, self.entries[some, :width], np.arange(width) < lengths[:, None]
 
     def block_table(self, row: int) -> IntArray:
         """The row's table, as a copy."""

@@ -190,10 +190,6 @@ class Sharing:
         num_freed = self._ledger.pool.num_free - num_free
         return FlushOutcome(num_freed, len(chosen) - num_freed, plan.is_done)
 
-    def flush(self, tenant: str, token_ids: IntArray) -> FlushOutcome:
-        """Make a plan and its first part; called again until it is done."""
-        return self.flush_part(self.plan_flush(tenant, token_ids))
-
     # Published prefixes
 
     def publish(self, token_ids: IntArray) -> Outcome:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from memory_service.block_hash import HASH_BYTES, BlockHash
+from memory_service.block_hash import HASH_BYTES, BlockHash, split_keys
 from memory_service.ledger import Counters
 from memory_service.sequence_table import Sequence
 from memory_service.tenants import Home, Tenant
@@ -60,9 +60,9 @@ def _num_used(pool: BlockPool) -> int:
     return int(used[-1]) + 1 if len(used) else 1
 
 
-def _export_blocks(pool: BlockPool) -> dict[str, bytes]:
-    count, index = _num_used(pool), pool.index
-    numbers = {
+def _numbers(pool: BlockPool) -> dict[str, np.ndarray[Any, Any]]:
+    """What is kept by block in numbers, as views that can be written to."""
+    return {
         "ref_counts": pool.ref_counts,
         "pins": pool.pins,
         "homes": pool.home_ids,
@@ -70,10 +70,14 @@ def _export_blocks(pool: BlockPool) -> dict[str, bytes]:
         "generations": np.frombuffer(pool.generations, np.int32),
         "last_used": np.frombuffer(pool.last_used, np.float64),
         "stamps": np.frombuffer(pool.queue.stamps, np.int64),
-        "token_ids": index.token_ids,
+        "token_ids": pool.index.token_ids,
     }
+
+
+def _export_blocks(pool: BlockPool) -> dict[str, bytes]:
+    count, index = _num_used(pool), pool.index
     return {
-        **{name: values[:count].tobytes() for name, values in numbers.items()},
+        **{name: values[:count].tobytes() for name, values in _numbers(pool).items()},
         "keys": bytes(index.keys[: count * HASH_BYTES]),
         "lineages": bytes(index.lineages[: count * HASH_BYTES]),
         "key_states": bytes(index.states[:count]),
@@ -84,18 +88,7 @@ def _export_blocks(pool: BlockPool) -> dict[str, bytes]:
 
 
 def _import_blocks(pool: BlockPool, columns: Mapping[str, bytes], count: int) -> None:
-    index = pool.index
-    numbers = {
-        "ref_counts": pool.ref_counts,
-        "pins": pool.pins,
-        "homes": pool.home_ids,
-        "sealed": pool.sealed,
-        "generations": np.frombuffer(pool.generations, np.int32),
-        "last_used": np.frombuffer(pool.last_used, np.float64),
-        "stamps": np.frombuffer(pool.queue.stamps, np.int64),
-        "token_ids": index.token_ids,
-    }
-    for name, target in numbers.items():
+    for name, target in _numbers(pool).items():
         source = np.frombuffer(columns[name], target.dtype)
         target[:count] = source.reshape(count, *target.shape[1:])
     _import_index(pool, columns)
@@ -253,10 +246,7 @@ def _import_sequence(
 ) -> None:
     row, sequence_id, request_id, tenant, incarnation, num_cached, admitted_at = values[:7]
     expected, retention_id, num_computed, _ = values[7:]
-    joined = bytes.fromhex(expected)
-    keys = [
-        BlockHash(joined[begin : begin + HASH_BYTES]) for begin in range(0, len(joined), HASH_BYTES)
-    ]
+    keys = list(split_keys(bytes.fromhex(expected)))
     owner = ledger.pool.tenants[tenant]
     retention = ledger.retentions.by_id[retention_id].home if retention_id else None
     sequence = Sequence(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pool_driver
 import pytest
+from flushing import flush
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_faces import SIZE, OneRouter, ask, inspection_of, ints, new_manager, registry_of
@@ -206,7 +207,7 @@ def test_a_sequence_is_shown_with_its_table() -> None:
     assert [entry.block_id for entry in shown] == table
     assert [len(entry.block_hash) for entry in shown] == [32, 32, 0]
     assert [entry.sealed for entry in shown] == [True, True, False]
-    manager.sharing.flush("red", ints([]))
+    flush(manager, "red", ints([]))
     shown = ask(servicer.GetSequence, request).block_table
     assert [entry.block_hash for entry in shown] == ["", "", ""]
     time.sleep(0.01)

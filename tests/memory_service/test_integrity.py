@@ -6,6 +6,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from flushing import flush
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_faces import OneRouter, ints, new_manager
@@ -113,7 +114,7 @@ def test_what_is_wrong_is_found(what: str) -> None:
 def test_a_full_block_has_a_key() -> None:
     """Even one that cannot be hit any more: what follows it in its sequence may yet be sealed."""
     manager = books()
-    manager.sharing.flush("blue", ints([]))
+    flush(manager, "blue", ints([]))
     assert check_integrity(manager) == []
     block_id = int(manager.table(1).entries[0, 0])
     manager.pool.index.clear(block_id)

@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from memory_service import record as nouns
 from memory_service.block_hash import HASH_BYTES, BlockHash
+from memory_service.demand import Fork
 from memory_service.log_codec import decode_record, encode_record
 from memory_service.log_header import (
     LogHeader,
@@ -40,7 +41,7 @@ def numbers(*widths: int) -> st.SearchStrategy[np.ndarray]:
     )
 
 
-FORKS = st.builds(nouns.ForkRecord, INT32, INT32, INT32, TEXT, TEXT, INT32)
+FORKS = st.builds(Fork, INT32, INT32, INT32, TEXT, TEXT, INT32)
 ADMISSIONS = st.builds(
     nouns.AdmissionRecord,
     *(INT32, INT32, TEXT, TEXT, TEXT, INT32, INT32, INT32, numbers(), INT32, KEYS.map(b"".join)),
@@ -99,7 +100,7 @@ def test_record_survives(kind: type) -> None:
     check()
 
 
-@pytest.mark.parametrize("cls", [*get_args(nouns.Change), nouns.ForkRecord, nouns.AdmissionRecord])
+@pytest.mark.parametrize("cls", [*get_args(nouns.Change), Fork, nouns.AdmissionRecord])
 def test_field_names_are_those_of_the_message(cls: type) -> None:
     """No field of a record is missing in its message, nor the other way round."""
     name = cls.__name__.removesuffix("Record") + "Record"

@@ -9,6 +9,7 @@ import pytest
 
 from memory_service import record as nouns
 from memory_service.block_hash import BlockHash
+from memory_service.demand import Fork
 from memory_service.record_lines import kind_of, summary, time_of
 from protos.memory.v1 import log_pb2
 
@@ -27,7 +28,7 @@ CASES: list[tuple[nouns.Change, str]] = [
         nouns.StepApplied(
             *(1, 9, 8, ints(0, 1), ints(4, 5), ints((0, 0, 7)), b"k" * 16, b"t" * 16),
             releases=ints((2, 2), (3, 2), (4, 1)),
-            forks=(nouns.ForkRecord(0, 5, 1, "fork", "r", 4),),
+            forks=(Fork(0, 5, 1, "fork", "r", 4),),
             takes=ints((0, 1, 8, 0), (1, 1, 9, 7)),
             admissions=(ADMISSION,) * 5,
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NoReturn
 
 import pytest
+from flushing import flush
 from pool_machine import SESSION, SIZE, ints, make_manager
 
 from memory_service import sharing
@@ -257,12 +258,12 @@ def test_a_flush_frees_what_is_cached_and_hides_what_is_used(steps: Steps) -> No
     steps.run(PROMPT, "a")
     steps.run(PROMPT, "b")
     steps.admit(PROMPT, "a")
-    outcome = steps.manager.sharing.flush("a", ints([]))
-    assert (outcome.num_freed, outcome.num_used, outcome.is_done) == (0, 2, True)
+    outcome = flush(steps.manager, "a", ints([]))
+    assert (outcome.num_freed, outcome.num_used) == (0, 2)
     assert steps.manager.probe(ints(PROMPT), "a").block_ids == []
     assert steps.manager.probe(ints(PROMPT), "b").num_tokens(SIZE) == 8
     steps.finish(PROMPT)
-    assert steps.manager.sharing.flush("a", ints([])).num_freed == 0
+    assert flush(steps.manager, "a", ints([])).num_freed == 0
     assert steps.manager.pool.num_cached == 2
 
 
@@ -270,7 +271,7 @@ def test_a_flush_of_a_prefix_leaves_the_rest(steps: Steps) -> None:
     """What begins with other tokens still hits."""
     steps.run([1] * 9)
     steps.run([2] * 9)
-    assert steps.manager.sharing.flush("", ints([1] * 4)).num_freed == 2
+    assert flush(steps.manager, "", ints([1] * 4)).num_freed == 2
     assert steps.manager.probe(ints([1] * 9), "").block_ids == []
     assert steps.manager.probe(ints([2] * 9), "").num_tokens(SIZE) == 8
 
@@ -310,8 +311,7 @@ def test_a_flush_finds_all_that_hangs_together(monkeypatch: pytest.MonkeyPatch) 
     tails = [[first] * 9 for first in range(10, 18)]
     for tail in tails:
         steps.run([1, 2, 3, 4, *tail])
-    while not steps.manager.sharing.flush("", ints([1, 2, 3, 4])).is_done:
-        pass
+    flush(steps.manager, "", ints([1, 2, 3, 4]))
     steps.run([1, 2, 3, 4, 5])
     for tail in tails:
         assert steps.manager.probe(ints([1, 2, 3, 4, *tail]), "").num_tokens(SIZE) == 4

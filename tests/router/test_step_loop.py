@@ -7,6 +7,9 @@ import asyncio
 import pytest
 from simulated_requests import make_request
 
+from quire.errors import NotReady
+from quire.serving import StartupError
+from router.ordered_stream import StreamLost
 from router.scheduler import Scheduler, SchedulerLimits
 from router.step import MemoryAnswer, RefusalReason, StepBatch, StepFailure, StepPlan, StepResult
 from router.step_loop import StepLoop
@@ -35,6 +38,37 @@ class IdleCompute:
 
     async def execute(self, batch: StepBatch) -> StepResult | StepFailure:
         raise AssertionError
+
+
+class ReturningEngine(IdleCompute, RefusingMemory):
+    """Breaks its stream at the first step and is back at once, with other terms than before."""
+
+    async def get_model(self) -> str:  # type: ignore[override]
+        return "model"
+
+    async def open_session(self, model: object) -> str:  # type: ignore[override]
+        return "other terms"
+
+    async def allocate(self, plan: StepPlan) -> MemoryAnswer:
+        raise StreamLost("memory service", NotReady("it is gone"))
+
+
+def test_an_engine_with_other_terms_ends_the_loop() -> None:
+    """Requests were checked against the old ones: nothing is sent under the new, and the reason comes out."""
+
+    def refuse(model: object, terms: object) -> None:
+        assert (model, terms) == ("model", "other terms")
+        raise StartupError("other settings")
+
+    async def scenario() -> None:
+        scheduler = Scheduler(SchedulerLimits(16, 4, 64, 0, 4), Tally())
+        engine = ReturningEngine()
+        loop = StepLoop(scheduler, engine, engine, Tally(), refuse)
+        scheduler.add(make_request("waiting", [1, 2, 3]))
+        with pytest.raises(StartupError, match="other settings"):
+            await loop.run()
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("num_turns", range(6))

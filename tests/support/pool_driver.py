@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from flushing import flush
 
 from memory_service.demand import Admit, Fork, StepDemand
 from memory_service.record import ReleaseReason
@@ -110,7 +111,7 @@ class PoolDriver:
 
     def _flush(self) -> None:
         length = self._random.choice([0, 4, 8])
-        self.manager.sharing.flush(self._random.choice(TENANTS), self._tokens(length))
+        flush(self.manager, self._random.choice(TENANTS), self._tokens(length))
 
     def _publish(self) -> None:
         published = list(self.manager.ledger.retentions.published)

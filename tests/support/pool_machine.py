@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from flushing import flush
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -273,8 +274,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def _flush(self, data: st.DataObject) -> None:
         tenant, tokens = data.draw(TENANTS), data.draw(st.lists(st.integers(0, 1), max_size=9))
-        while not self.manager.sharing.flush(tenant, ints(tokens)).is_done:
-            pass
+        flush(self.manager, tenant, ints(tokens))
         if not tokens and not self.published:
             assert self.manager.probe(ints([0] * 9), tenant).block_ids == []
 

@@ -23,6 +23,7 @@ from processes import (
     wait_until_serving,
 )
 
+from protos.router.v1 import router_pb2
 from quire import demo_model
 from quire.client import Client, QuireError
 
@@ -171,3 +172,32 @@ def test_memory_and_compute_may_be_replaced_under_a_router(tmp_path: Path) -> No
         assert (first_memory.wait(10), first_compute.wait(30)) == (-signal.SIGKILL, 1)
         with running_service("memory", *memory_flags), running_service("compute", *compute_flags):
             assert running.result(timeout=90) == expected
+
+
+def test_a_router_ends_when_the_engine_comes_back_another(tmp_path: Path) -> None:
+    """Requests were checked against the old pool and would wait for ever in a smaller one: one line, and status 1."""
+    memory, compute, router = (f"unix:{tmp_path}/{name}" for name in ("m", "c", "r"))
+    memory_flags = ("--listen", memory, "--descriptor-socket", f"{tmp_path}/d")
+    compute_flags = ("--listen", compute, "--memory-address", memory, "--memory-patience-s", "0.5")
+    router_flags = ("--listen", router, "--memory-address", memory, "--compute-address", compute)
+    command = [QUIRE, "router", "--log-level", "error", "--metrics-listen", "off", *router_flags]
+    first_memory = start_service("memory", *memory_flags, "--memory-budget", "16MiB")
+    first_compute = start_service("compute", *compute_flags)
+    with (
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process,
+        grpc.insecure_channel(router) as channel,
+        Client(router) as client,
+    ):
+        wait_until_serving(channel)
+        client.complete("a", max_tokens=2)
+        first_memory.kill()
+        assert (first_memory.wait(10), first_compute.wait(30)) == (-signal.SIGKILL, 1)
+        smaller = (*memory_flags, "--memory-budget", "12MiB")
+        with running_service("memory", *smaller), running_service("compute", *compute_flags):
+            (cut_off,) = client.complete("a", max_tokens=2, timeout_s=60).completions
+            assert cut_off.finished.finish_reason == router_pb2.FINISH_REASON_CANCELLED
+            assert process.wait(60) == 1
+        assert process.stderr is not None
+        told = process.stderr.read().strip()
+    assert told.startswith("error: the engine came back with other settings")
+    assert len(told.splitlines()) == 1
