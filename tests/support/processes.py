@@ -40,7 +40,8 @@ def children_of(quire: Quire) -> dict[str, psutil.Process]:
     """The processes of the services, by the name of their package."""
     found = {}
     for child in psutil.Process(quire.process.pid).children():
-        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # killed just now
+        # Killed just now, or not yet what it will be: such a child is none.
+        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess, IndexError):
             found[child.cmdline()[2]] = child
     return found
 
