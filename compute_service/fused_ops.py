@@ -1,0 +1,173 @@
+"""Norms, gated activations and rotary positions of a loaded model, each as one pass over memory.
+
+Model code stays as it is: a replacement is a `forward` of one module instance. Which modules can be replaced is never
+read from a name alone: ours has to give what theirs gives on random input.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from types import FunctionType, MethodType
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+import torch
+from torch import Tensor, nn
+
+from kernels import numba_small_ops
+from kernels.small_ops import Activation, NormStyle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_ROTARY: Final = "apply_rotary_pos_emb"  # a global function of nearly every modeling file
+_EPS_NAMES: Final = ("variance_epsilon", "eps")
+_SCALES: Final = (1e-4, 1e-2, 1.0, 30.0)  # of random rows: the smallest shows what eps does
+_STEP_OF_BF16: Final = 2**-7  # as a share, at most
+_LEAST_EQUAL: Final = 0.99  # another order of rounding differs in tens of percent
+
+_logger = structlog.get_logger()
+
+
+@torch.inference_mode()
+def fuse(model: nn.Module) -> None:
+    """Replace what can be replaced in a bfloat16 model on the CPU, and log how much of each that was.
+
+    Others stay as they are: in float32 products take longer and nothing is rounded in between.
+    """
+    parameter = next(model.parameters())
+    if parameter.dtype is not torch.bfloat16 or parameter.device.type != "cpu":
+        return
+    numba_small_ops.compile_all()
+    counts = dict.fromkeys(("norms", "gates", "rotaries"), 0)
+    kept = set()
+    for kind, module, replacement in _candidates(model):
+        if replacement is None:
+            kept.add(type(module).__name__)
+        else:
+            module.forward = replacement
+            counts[kind] += 1
+    _logger.info("operations_fused", **counts, kept=sorted(kept))
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[..., Any] | None]]:
+    """Modules that look like one of the three, with a forward for each that proved to be it."""
+    rotaries: dict[Callable[..., Any], Callable[..., Any] | None] = {}
+    for module in model.modules():
+        if _eps(module) is not None and isinstance(getattr(module, "weight", None), Tensor):
+            yield "norms", module, _if_callable(_fused_norm, module)
+        if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            yield "gates", module, _if_callable(_fused_mlp, module)
+        forward = type(module).forward
+        if isinstance(forward, FunctionType) and _ROTARY in forward.__code__.co_names:
+            theirs = forward.__globals__[_ROTARY]
+            if theirs not in rotaries:
+                rotaries[theirs] = _if_callable(_fused_rotary, theirs)
+            ours = rotaries[theirs]
+            yield "rotaries", module, ours and MethodType(_with_global(forward, ours), module)
+
+
+def _if_callable(
+    fused: Callable[[Any], Callable[..., Any] | None],
+    original: Any,  # noqa: ANN401 -- a module or a function
+) -> Callable[..., Any] | None:
+    """The replacement of `original`; None too when that cannot be called as such an operation is."""
+    try:
+        return fused(original)
+    except (TypeError, RuntimeError, AttributeError):
+        return None
+
+
+def _eps(module: nn.Module) -> float | None:
+    found = [getattr(module, name) for name in _EPS_NAMES if hasattr(module, name)]
+    return found[0] if found and isinstance(found[0], float) else None
+
+
+def _fused_norm(module: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 -- nn.Module's attributes have no types
+    weight, theirs, eps = module.weight.detach(), module.forward, _eps(module)
+    if weight.dtype is not torch.bfloat16 or weight.dim() != 1 or eps is None:
+        return None
+    x = _random_rows(len(weight))
+
+    def ours(style: NormStyle, x: Tensor) -> Tensor:
+        if x.dtype is not torch.bfloat16:
+            plain: Tensor = theirs(x)
+            return plain
+        return numba_small_ops.rms_norm(x, weight, eps, style)
+
+    expected = theirs(x)
+    styles = (style for style in NormStyle if _agree(ours(style, x), expected))
+    return next((partial(ours, style) for style in styles), None)
+
+
+def _fused_mlp(module: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 -- as above
+    theirs = module.forward
+    x = _random_rows(module.gate_proj.in_features)
+
+    def ours(activation: Activation, x: Tensor) -> Tensor:
+        gates, up = module.gate_proj(x), module.up_proj(x)
+        output: Tensor = module.down_proj(numba_small_ops.gate(gates, up, activation))
+        return output
+
+    expected = theirs(x)
+    found = (activation for activation in Activation if _agree(ours(activation, x), expected))
+    return next((partial(ours, activation) for activation in found), None)
+
+
+def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Ours in place of a function (q, k, cos, sin) that turns halves of heads; it asks theirs for all else."""
+
+    def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **named: Any) -> Any:  # noqa: ANN401 -- theirs
+        if others or named or not _can_rotate(q, k, cos):
+            return theirs(q, k, cos, sin, *others, **named)
+        return numba_small_ops.rotate(q, k, cos, sin)
+
+    arguments = _random_rotary_arguments()
+    agree = map(_agree, ours(*arguments), theirs(*arguments))
+    return ours if all(agree) else None
+
+
+def _can_rotate(q: Tensor, k: Tensor, cos: Tensor) -> bool:
+    return (
+        q.dtype is k.dtype is cos.dtype is torch.bfloat16
+        and q.dim() == k.dim() == cos.dim() + 1
+        and len(q) == len(k) == len(cos) == 1
+        and q.shape[-1] == k.shape[-1] == cos.shape[-1]
+    )
+
+
+def _with_global(function: FunctionType, rotary: Callable[..., Any]) -> FunctionType:
+    """The same code, in which the name of the rotary function means ours; the module that holds it is left alone."""
+    made = FunctionType(
+        function.__code__,
+        {**function.__globals__, _ROTARY: rotary},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for a step of bfloat16 here and there; below a millionth the original itself is but a rounding error."""
+    if found.shape != expected.shape or found.dtype is not expected.dtype:
+        return False
+    is_near = torch.allclose(found.float(), expected.float(), rtol=_STEP_OF_BF16, atol=1e-6)
+    is_equal = (found == expected) | (found.float() - expected.float()).abs().lt(1e-6)
+    return is_near and float(is_equal.float().mean()) >= _LEAST_EQUAL
+
+
+def _random_rows(size: int) -> Tensor:
+    """bfloat16 `[1, rows, size]`, rows of different sizes of numbers."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, 4 * len(_SCALES), size, generator=generator)
+    return (rows * torch.tensor(_SCALES).repeat(4)[:, None]).bfloat16()
+
+
+def _random_rotary_arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, cos, sin; the halves of cos and sin differ, as an original might mix them otherwise."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 9, 16), (1, 2, 9, 16), (1, 9, 16), (1, 9, 16))
+    q, k, cos, sin = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    return q, k, cos, sin

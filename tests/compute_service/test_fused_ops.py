@@ -1,0 +1,164 @@
+"""Fused operations: the model's own numbers, only where they are proven, and only in the model that was given."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from structlog.testing import capture_logs
+from tiny_checkpoints import COMMON, SERVED, VOCAB_SIZE
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+from compute_service.fused_ops import fuse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+NUM_LAYERS = COMMON["num_hidden_layers"]
+
+
+def make_model(model_type: str) -> Any:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**COMMON, **SERVED[model_type]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            mean, spread = (
+                (0.0, 1.6 / parameter.shape[-1] ** 0.5) if parameter.dim() > 1 else (0.8, 0.3)
+            )
+            parameter.normal_(mean, spread)
+    return model
+
+
+def fused(model: nn.Module) -> Mapping[str, Any]:
+    """What the log says of it."""
+    with capture_logs() as logs:
+        fuse(model)
+    (entry,) = logs
+    return entry
+
+
+@torch.inference_mode()
+def logits(model: Any, num_tokens: int) -> Tensor:
+    token_ids = torch.arange(num_tokens)[None] * 7 % VOCAB_SIZE
+    found: Tensor = model(token_ids, use_cache=False).logits[0].float()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "norms", "gates", "rotaries"),
+    [
+        ("llama", 2, 1, 1),
+        ("qwen2", 2, 1, 1),
+        ("qwen3", 4, 1, 1),  # heads are normed too
+        ("gemma2", 4, 1, 1),
+        ("gemma3_text", 6, 1, 1),
+        ("olmo2", 4, 1, 1),
+        ("mixtral", 2, 0, 1),
+        ("deepseek_v3", 4, 1, 1),
+    ],
+)
+def test_logits_are_the_models_own(model_type: str, norms: int, gates: int, rotaries: int) -> None:
+    """What a layer has is replaced in every layer, and the logits are those of plain torch up to rounding."""
+    model = make_model(model_type)
+    plain = [logits(model, num_tokens) for num_tokens in (1, 40)]
+    entry = fused(model)
+    assert entry["norms"] == norms * NUM_LAYERS + 1
+    assert entry["gates"] == gates * NUM_LAYERS
+    assert entry["rotaries"] == rotaries * NUM_LAYERS
+    assert entry["kept"] == []
+    for expected in plain:
+        found = logits(model, len(expected))
+        assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+        assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
+
+
+def test_other_models_keep_their_functions() -> None:
+    """Neither the modeling file nor another model of the same class is changed."""
+    function = modeling_llama.apply_rotary_pos_emb
+    other, model = make_model("llama"), make_model("llama")
+    fused(model)
+    assert modeling_llama.apply_rotary_pos_emb is function
+    for module in other.modules():
+        assert "forward" not in vars(module)
+
+
+class CenteredNorm(nn.Module):
+    """Has all the attributes of an RMS norm, and is none."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(size).bfloat16())
+        self.variance_epsilon = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        centered = x.float() - 0.05 * x.float().mean(-1, keepdim=True)
+        scale = torch.rsqrt(centered.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (centered * scale).to(x.dtype)
+
+
+class TwoInputNorm(CenteredNorm):
+    """Cannot be called as a norm is."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        return super().forward(x) * gate
+
+
+class ScaledMLP(modeling_llama.LlamaMLP):
+    """Scales what it multiplies, by three percent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x) * 1.03)
+        return found
+
+
+def turn_neighbours(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Rotary positions that pair neighbours instead of halves."""
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+
+    def turn(x: Tensor) -> Tensor:
+        return x * cos + torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2) * sin
+
+    return turn(q), turn(k)
+
+
+@pytest.mark.parametrize("norm_class", [CenteredNorm, TwoInputNorm])
+def test_a_norm_that_computes_otherwise_is_kept(norm_class: type[CenteredNorm]) -> None:
+    """Names and attributes prove nothing; the log names what was left alone."""
+    model = make_model("llama")
+    model.model.norm = norm_class(COMMON["hidden_size"])
+    entry = fused(model)
+    assert entry["norms"] == 2 * NUM_LAYERS
+    assert entry["kept"] == [norm_class.__name__]
+    assert "forward" not in vars(model.model.norm)
+
+
+def test_an_mlp_that_computes_otherwise_is_kept() -> None:
+    """Three percent are more than rounding."""
+    model = make_model("llama")
+    model.model.layers[0].mlp.__class__ = ScaledMLP
+    entry = fused(model)
+    assert entry["gates"] == NUM_LAYERS - 1
+    assert entry["kept"] == ["ScaledMLP"]
+
+
+def test_rotary_positions_that_pair_otherwise_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function is asked for numbers, not for its name."""
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turn_neighbours)
+    entry = fused(make_model("llama"))
+    assert entry["rotaries"] == 0
+    assert entry["kept"] == ["LlamaAttention"]
+
+
+def test_models_in_float32_stay_as_they_are() -> None:
+    """Not one forward is replaced."""
+    model = make_model("llama").float()
+    fuse(model)
+    assert not any("forward" in vars(module) for module in model.modules())
