@@ -11,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -148,6 +149,15 @@ class _SchedulingSettings(BaseSettings, defer_build=True):
     )
 
 
+class _StreamingSettings(BaseSettings, defer_build=True):
+    """How output reaches clients."""
+
+    stream_interval_ms: NonNegativeFloat = Field(
+        0.0,
+        description="milliseconds from one message of a stream to its next; 0: tokens go as they come",
+    )
+
+
 class _TenantSettings(BaseSettings, defer_build=True):
     """Who a call belongs to; without any of it all calls belong to one tenant."""
 
@@ -200,7 +210,9 @@ class ComputeSettings(_ModelSettings, _ResumptionSettings, ServiceSettings):
     memory_address: str = Field("127.0.0.1:7072", description="address of the memory service")
 
 
-class RouterSettings(_SchedulingSettings, _TenantSettings, _CompatSettings, ServiceSettings):
+class RouterSettings(
+    _SchedulingSettings, _StreamingSettings, _TenantSettings, _CompatSettings, ServiceSettings
+):
     """Run the router: clients talk to it, it asks the memory and the compute service."""
 
     listen: tuple[str, ...] = Field(
@@ -218,6 +230,7 @@ class UpSettings(
     _ResumptionSettings,
     _PoolSettings,
     _SchedulingSettings,
+    _StreamingSettings,
     _TenantSettings,
     _CompatSettings,
     ServiceSettings,

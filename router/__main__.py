@@ -68,7 +68,8 @@ async def _serve_node(
     metrics: MetricsEndpoint,
     stop: asyncio.Event,
 ) -> None:
-    servicer, reporter = RouterServicer(tenants), serving.HealthReporter()
+    servicer = RouterServicer(tenants, settings.stream_interval_ms * 1e-3)
+    reporter = serving.HealthReporter()
     router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
     await reporter.add_to(server, [_SERVICE])
     # It answers before there is an engine: that it waits for one is no reason to start it again.

@@ -44,14 +44,17 @@ def accepted(request: Request) -> pb.Accepted:
     )
 
 
-def delta(sample_index: int, output: OutputDelta) -> pb.Delta:
+def delta(sample_index: int, output: OutputDelta) -> pb.GenerateResponse:
     """New output of one sample."""
-    return pb.Delta(
-        sample_index=sample_index,
-        token_ids=output.token_ids,
-        text=output.text,
-        logprobs=[_logprobs(found) for found in output.logprobs],
-    )
+    response = pb.GenerateResponse()
+    # Filled in place: through constructors the same costs three times as much.
+    message = response.delta
+    message.sample_index = sample_index
+    message.token_ids.extend(output.token_ids)
+    message.text = output.text
+    if output.logprobs:
+        message.logprobs.extend(_logprobs(found) for found in output.logprobs)
+    return response
 
 
 def extend(completion: pb.Completion, output: OutputDelta) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from router.sampling_params import SamplingParams, StoppingCriteria
     from router.step import TokenLogprobs
     from router.stop_strings import StopMatch
-    from router.text_output import OutputDelta, TextOutput
+    from router.text_output import TextOutput
 
 NO_ROW = -1
 
@@ -57,8 +57,8 @@ class Finish:
 class Sink(Protocol):
     """Where the events of a request go."""
 
-    def delta(self, sample_index: int, delta: OutputDelta) -> None:
-        """New output of one sample."""
+    def output(self, sample_index: int, output: TextOutput) -> None:
+        """The output of one sample has grown; whoever sends it takes it from there."""
 
     def finished(self, finish: Finish) -> None:
         """The end of one sample."""
@@ -223,9 +223,7 @@ class Sequence:
             self.finish(reason, matched=matched)
 
     def _publish(self) -> None:
-        delta = self.output.take()
-        if delta is not None:
-            self.request.sink.delta(self.sample_index, delta)
+        self.request.sink.output(self.sample_index, self.output)
 
     def _accept(
         self, token_id: int, logprobs: TokenLogprobs | None
@@ -234,11 +232,12 @@ class Sequence:
         if token_id in request.end_token_ids:
             self.output.append_silent(token_id, logprobs)
             return FinishReason.STOP, None if token_id in request.eos_token_ids else token_id
-        may_stop = self.num_output_tokens >= request.stopping.min_tokens
+        num_tokens = self.num_output_tokens
+        may_stop = num_tokens >= request.stopping.min_tokens
         match: StopMatch | None = self.output.append(token_id, logprobs, may_stop=may_stop)
         if match is not None:
             return FinishReason.STOP, match.stop_string
-        if self.num_output_tokens >= request.max_tokens:
+        if num_tokens >= request.max_tokens:
             return FinishReason.LENGTH, None
         return None, None
 

@@ -33,8 +33,9 @@ _INLINE_CHARS = 2_000
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     """Implements `quire.router.v1.RouterService`; that file holds the contract."""
 
-    def __init__(self, tenants: Tenants) -> None:
+    def __init__(self, tenants: Tenants, stream_interval_s: float = 0.0) -> None:
         self._tenants = tenants
+        self._stream_interval_s = stream_interval_s
         self._connected: Node | None = None
 
     def serve(self, node: Node) -> None:
@@ -57,11 +58,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         live, stream = await self._accept(request, context)
         with self._aborted_at_exit(live):
             yield pb.GenerateResponse(accepted=messages.accepted(live))
-            async for event in stream.events():
-                if isinstance(event, Finish):
-                    yield pb.GenerateResponse(finished=messages.finished(event))
-                else:
-                    yield pb.GenerateResponse(delta=messages.delta(*event))
+            while events := await stream.events():
+                for event in events:
+                    if isinstance(event, Finish):
+                        yield pb.GenerateResponse(finished=messages.finished(event))
+                    else:
+                        yield messages.delta(*event)
 
     async def Complete(
         self,
@@ -72,11 +74,12 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         live, stream = await self._accept(request.request, context)
         with self._aborted_at_exit(live):
             completions = [pb.Completion() for _ in range(live.num_samples)]
-            async for event in stream.events():
-                if isinstance(event, Finish):
-                    completions[event.sample_index].finished.CopyFrom(messages.finished(event))
-                else:
-                    messages.extend(completions[event[0]], event[1])
+            while events := await stream.events():
+                for event in events:
+                    if isinstance(event, Finish):
+                        completions[event.sample_index].finished.CopyFrom(messages.finished(event))
+                    else:
+                        messages.extend(completions[event[0]], event[1])
             return pb.CompleteResponse(
                 request_id=live.request_id, seed=live.seed, completions=completions
             )
@@ -170,7 +173,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
             raise NotReady(reason, retry_after_s=1.0)
         prompt = await self._prompt(message)
         sampling = messages.sampling_params(message.sampling)
-        stream = OutputStream(sampling.num_samples)
+        stream = OutputStream(sampling.num_samples, self._stream_interval_s)
         request = self._node.intake.build(
             message.request_id,
             prompt,

@@ -30,18 +30,12 @@ class OutputDelta:
     logprobs: tuple[TokenLogprobs, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _HeldToken:
-    token_id: int
-    logprobs: TokenLogprobs | None
-    text_end: int  # characters of all text so far that must be out before this token goes
-
-
 class TextOutput:
     """The text of one sequence.
 
-    `[0, sent)` of the text was given out by `take`; `[sent, end)` is held back because it may begin a stop string. A
-    token goes out with the text that it completes; without a decoder there is no text, and it goes out at once.
+    A token goes out with the text that it completes; without a decoder there is no text, and it goes out at once. Tokens
+    are decoded when they are taken: what nobody takes yet costs a step next to nothing. Stop strings must be noticed at
+    their token: with them tokens are decoded as they come, and text that may begin one is held back.
     """
 
     def __init__(
@@ -52,14 +46,20 @@ class TextOutput:
         include_stop_string: bool,
     ) -> None:
         self._decoder = decoder
-        self._stop_strings = stop_strings
+        self._stop_strings = stop_strings if decoder else ()
         self._include_stop_string = include_stop_string
-        self._held_text = ""
-        self._held_tokens: list[_HeldToken] = []
-        self._ready: list[_HeldToken] = []
-        self._ready_text = ""
-        self._num_chars = 0  # of all text decoded so far
-        self._num_sent = 0  # of it, moved to ready
+        # Tokens not taken yet: `[0, num_ready)` may go, `[num_ready, num_decoded)` wait for text.
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []  # theirs, if they were asked for
+        self._num_ready = 0
+        self._num_decoded = 0
+        self._text = ""  # not taken yet, may go
+        self._held_text = ""  # behind it, may begin a stop string
+        # With stop strings, of each decoded token: characters of the held text that must go before it, seen from the
+        # beginning of all text.
+        self._text_ends: list[int] = []
+        self._num_chars = 0  # of all text searched so far
+        self._num_released = 0  # of it, not held any more
 
     def append(
         self, token_id: int, logprobs: TokenLogprobs | None, *, may_stop: bool
@@ -71,63 +71,86 @@ class TextOutput:
             logprobs: its log-probabilities, if asked for.
             may_stop: False while the sequence has fewer than min_tokens: its text is then not searched, now or later.
         """
-        text = self._decoder.step(token_id) if self._decoder else ""
-        self._hold(token_id, logprobs, text)
-        if not may_stop or not self._decoder:
-            self._release(len(self._held_text))
+        self._token_ids.append(token_id)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        if not self._stop_strings:
             return None
-        return self._search() if text else None
+        return self._search(token_id, may_stop=may_stop)
 
     def append_silent(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Add a token whose text is not shown: an end token."""
-        self._hold(token_id, logprobs, "")
+        self._decode()
+        self._token_ids.append(token_id)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        self._num_decoded += 1
 
     def finish(self) -> None:
         """Let everything out that is held: no more tokens will come."""
-        tail = self._decoder.flush() if self._decoder else ""
-        self._held_text += tail
-        self._num_chars += len(tail)
-        self._release(len(self._held_text))
-        self._release_all_tokens()
+        self._decode()
+        self._text += self._held_text
+        self._held_text = ""
+        if self._decoder:
+            self._text += self._decoder.flush()
+        self._num_ready = len(self._token_ids)
 
     def take(self) -> OutputDelta | None:
         """What may be sent since the last call, if anything."""
-        if not self._ready and not self._ready_text:
+        self._decode()
+        count = self._num_ready
+        if not count and not self._text:
             return None
         delta = OutputDelta(
-            tuple(token.token_id for token in self._ready),
-            self._ready_text,
-            tuple(token.logprobs for token in self._ready if token.logprobs is not None),
+            tuple(self._token_ids[:count]), self._text, tuple(self._logprobs[:count])
         )
-        self._ready = []
-        self._ready_text = ""
+        del self._token_ids[:count], self._logprobs[:count], self._text_ends[:count]
+        self._num_decoded -= count
+        self._num_ready = 0
+        self._text = ""
         return delta
 
-    def _hold(self, token_id: int, logprobs: TokenLogprobs | None, text: str) -> None:
+    def _decode(self) -> None:
+        """Decode all tokens that no search has decoded."""
+        token_ids, begin = self._token_ids, self._num_decoded
+        self._num_decoded = len(token_ids)
+        if self._decoder is None:
+            self._num_ready = len(token_ids)
+            return
+        step = self._decoder.step
+        for index in range(begin, len(token_ids)):
+            if text := step(token_ids[index]):
+                self._text += text
+                self._num_ready = index + 1
+
+    def _search(self, token_id: int, *, may_stop: bool) -> StopMatch | None:
+        assert self._decoder is not None
+        text = self._decoder.step(token_id)
+        self._num_decoded += 1
         self._held_text += text
         self._num_chars += len(text)
         # A token that completes no text waits for the next one that does.
-        end = self._num_chars if text or not self._decoder else self._num_chars + 1
-        self._held_tokens.append(_HeldToken(token_id, logprobs, end))
-
-    def _search(self) -> StopMatch | None:
-        match = find_stop(self._held_text, self._stop_strings)
-        if match is None:
+        self._text_ends.append(self._num_chars if text else self._num_chars + 1)
+        if not may_stop:
+            self._release(len(self._held_text))
+            return None
+        match = find_stop(self._held_text, self._stop_strings) if text else None
+        if match is not None:
+            self._end_at(match)
+        elif text:
             held = held_back_length(self._held_text, self._stop_strings)
             self._release(len(self._held_text) - held)
-            return None
-        self._release(match.end if self._include_stop_string else match.begin)
-        self._held_text = ""
-        self._release_all_tokens()
         return match
 
-    def _release(self, num_chars: int) -> None:
-        self._ready_text += self._held_text[:num_chars]
-        self._held_text = self._held_text[num_chars:]
-        self._num_sent += num_chars
-        while self._held_tokens and self._held_tokens[0].text_end <= self._num_sent:
-            self._ready.append(self._held_tokens.pop(0))
+    def _end_at(self, match: StopMatch) -> None:
+        self._release(match.end if self._include_stop_string else match.begin)
+        self._held_text = ""
+        self._num_ready = len(self._token_ids)
 
-    def _release_all_tokens(self) -> None:
-        self._ready += self._held_tokens
-        self._held_tokens = []
+    def _release(self, num_chars: int) -> None:
+        self._text += self._held_text[:num_chars]
+        self._held_text = self._held_text[num_chars:]
+        self._num_released += num_chars
+        ends = self._text_ends
+        while self._num_ready < len(ends) and ends[self._num_ready] <= self._num_released:
+            self._num_ready += 1

@@ -83,23 +83,21 @@ class StreamDecoder:
 
     def step(self, token_id: int) -> str:
         """Text that `token_id` completes; empty when it ends inside a character or shows nothing."""
-        text = self._step(token_id)
-        if text is None:
-            self._held.append(token_id)
-            return ""
-        self._held = []
-        return text
-
-    def _step(self, token_id: int) -> str | None:
         try:
-            return self._stream.step(self._tokenizer, token_id)
+            text = self._stream.step(self._tokenizer, token_id)
         except Exception as error:
             # The library raises this for some byte sequences that a model may well produce; starting afresh costs at
             # most the text of the tokens that it held.
             if not str(error).startswith(_INVALID_PREFIX):
                 raise
             self._stream = DecodeStream(skip_special_tokens=True)
-            return self._stream.step(self._tokenizer, token_id)
+            text = self._stream.step(self._tokenizer, token_id)
+        if text is None:
+            self._held.append(token_id)
+            return ""
+        if self._held:
+            self._held.clear()
+        return text
 
     def flush(self) -> str:
         """Text of the tokens held: an unfinished character shows as U+FFFD."""

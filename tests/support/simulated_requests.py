@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from router.request import Finish, Request
 from router.sampling_params import SamplingParams, StoppingCriteria
-from router.text_output import OutputDelta, TextOutput
+from router.text_output import TextOutput
 
 if TYPE_CHECKING:
     from quire.errors import QuireError
@@ -35,9 +35,10 @@ class CollectingSink:
         self.finishes: dict[int, Finish] = {}
         self.errors: list[QuireError] = []
 
-    def delta(self, sample_index: int, delta: OutputDelta) -> None:
+    def output(self, sample_index: int, output: TextOutput) -> None:
         assert sample_index not in self.finishes
-        self.token_ids.setdefault(sample_index, []).extend(delta.token_ids)
+        if (delta := output.take()) is not None:
+            self.token_ids.setdefault(sample_index, []).extend(delta.token_ids)
 
     def finished(self, finish: Finish) -> None:
         assert finish.sample_index not in self.finishes
