@@ -26,9 +26,16 @@ def find_stop(text: str, stop_strings: tuple[str, ...]) -> StopMatch | None:
 
 def held_back_length(text: str, stop_strings: tuple[str, ...]) -> int:
     """Characters at the end of `text` that may be the beginning of a stop string."""
-    longest = min(len(text), max((len(found) - 1 for found in stop_strings), default=0))
-    for length in range(longest, 0, -1):
-        suffix = text[-length:]
-        if any(found.startswith(suffix) for found in stop_strings):
-            return length
-    return 0
+    longest = 0
+    for stop_string in stop_strings:
+        longest = max(longest, _overlap(text, stop_string))
+    return longest
+
+
+def _overlap(text: str, stop_string: str) -> int:
+    """Length of the longest end of `text` that begins `stop_string` and is not all of it."""
+    first = stop_string[0]
+    begin = text.find(first, max(0, len(text) - len(stop_string) + 1))
+    while begin >= 0 and not stop_string.startswith(text[begin:]):
+        begin = text.find(first, begin + 1)
+    return len(text) - begin if begin >= 0 else 0

@@ -127,20 +127,19 @@ class TextOutput:
         assert self._decoder is not None
         text = self._decoder.step(token_id)
         self._num_decoded += 1
-        self._held_text += text
         self._num_chars += len(text)
         # A token that completes no text waits for the next one that does.
         self._text_ends.append(self._num_chars if text else self._num_chars + 1)
-        if not may_stop:
-            self._release(len(self._held_text))
+        if not text:
             return None
-        match = find_stop(self._held_text, self._stop_strings) if text else None
+        self._held_text += text
+        match = find_stop(self._held_text, self._stop_strings) if may_stop else None
         if match is not None:
             self._end_at(match)
-        elif text:
-            held = held_back_length(self._held_text, self._stop_strings)
-            self._release(len(self._held_text) - held)
-        return match
+            return match
+        held = held_back_length(self._held_text, self._stop_strings) if may_stop else 0
+        self._release(len(self._held_text) - held)
+        return None
 
     def _end_at(self, match: StopMatch) -> None:
         self._release(match.end if self._include_stop_string else match.begin)
