@@ -9,7 +9,7 @@ import numpy as np
 
 from compute_service.metrics import EngineTally
 from compute_service.sampling import RowSampling
-from compute_service.step import ForkRow, NewRow, PendingInput, Step, StepFailed
+from compute_service.step import ForkRow, NewRow, Step, StepFailed
 from router.clients import ServedModel
 from router.step import StepFailure, StepResult
 
@@ -86,7 +86,7 @@ def _step(batch: StepBatch, generation: int, epoch: int) -> Step:
         rows=tuple(work.sequence.row for work in batch.work),
         starts=tuple(work.start for work in batch.work),
         num_tokens=tuple(work.num_tokens for work in batch.work),
-        pending=tuple(PendingInput(*found) for found in batch.pending),
+        pending=tuple(batch.pending),
         outputs=tuple((found.source.row, found.sequence.sample_index) for found in batch.outputs),
     )
 

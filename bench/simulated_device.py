@@ -73,10 +73,10 @@ def simulated_device(step_s: float) -> Iterator[None]:
         yield
 
 
-def _read_back(sampled: Tensor, rows: Sequence[SampleRow]) -> Iterator[SampledToken]:
+def _read_back(sampled: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
     """What the host does with tokens that the device drew, int64 `[n, 1]`."""
     token_ids = sampled[:, 0].tolist()
-    return (SampledToken(token_ids[row.logits_row], None, ()) for row in rows)
+    return [SampledToken(token_ids[row.logits_row], None, ()) for row in rows]
 
 
 def _text() -> Tensor:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from compute_service.sampling import RowSampling
-    from compute_service.step import ForkRow, NewRow, PendingInput, Step
+    from compute_service.step import ForkRow, NewRow, Step
 
 _KEPT_OUTPUTS = 2  # steps whose outputs a later step may name
 
@@ -92,8 +92,8 @@ class RowStore:
         for row, index, block_id in step.remaps:
             self._remap(row, index, block_id)
         ends = dict(zip(step.rows, _ends(step), strict=True))
-        for pending in step.pending:
-            self._resolve(pending, ends.get(pending.row, 0))
+        for row, number, output in step.pending:
+            self._resolve(row, self._output(number, output), ends.get(row, 0))
 
     def _fork(self, fork: ForkRow) -> Row:
         parent = self[fork.src_row]
@@ -117,14 +117,13 @@ class RowStore:
             raise StepError(message)
         table[index] = block_id
 
-    def _resolve(self, pending: PendingInput, end: int) -> None:
+    def _resolve(self, row: int, token_id: int, end: int) -> None:
         """Make the output the last of the tokens `[0, end)` of its row; a row's own output is there already."""
-        token_ids = self[pending.row].token_ids
-        token_id = self._output(pending.step, pending.output)
+        token_ids = self[row].token_ids
         if len(token_ids) == end - 1:
             token_ids.append(token_id)
         elif len(token_ids) != end or token_ids.values[-1] != token_id:
-            message = f"row {pending.row}: the pending token is not its last one before {end}"
+            message = f"row {row}: the pending token is not its last one before {end}"
             raise StepError(message)
 
     def _output(self, step: int, output: int) -> int:

@@ -42,15 +42,6 @@ class ForkRow:
 
 
 @dataclass(frozen=True, slots=True)
-class PendingInput:
-    """The last input token of `row` is an output of an earlier step."""
-
-    row: int
-    step: int
-    output: int
-
-
-@dataclass(frozen=True, slots=True)
 class Step:
     """One forward pass and what has to be told before it."""
 
@@ -67,7 +58,8 @@ class Step:
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     num_tokens: tuple[int, ...]
-    pending: tuple[PendingInput, ...]
+    # Rows whose last input token is an output of an earlier step: (row, step, output).
+    pending: tuple[tuple[int, int, int], ...]
     outputs: tuple[tuple[int, int], ...]  # (row, sample index)
 
 
