@@ -105,6 +105,12 @@ def paged_attention(
     return torch.cat(outputs)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Product x W^T + bias, summed in float32: x `[..., K]`, W `[N, K]`, result `[..., N]` in the dtype of x."""
+    total = x.float() @ weight.float().T
+    return (total if bias is None else total + bias.float()).to(x.dtype)
+
+
 def _gather(cache: Tensor, table: Tensor, length: int, scale: Tensor | None) -> Tensor:
     """`[num_kv_heads, length, head_dim]` in float32."""
     block_size = cache.shape[1]

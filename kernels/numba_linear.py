@@ -1,0 +1,176 @@
+"""Products with bfloat16 weights for CPUs without instructions for them: float32 sums, compiled by numba.
+
+Weights are packed once into panels of `PANEL` outputs, two registers of sums, so that a product reads them in one stream.
+A task has some panels; a part of K at a time it takes all rows of x through each of them, six together, so that what is
+widened serves six and the part of the panel stays in the first cache, x in the second: the product of a block and a panel
+of Goto and van de Geijn (2008, Anatomy of High-Performance Matrix Multiplication). `kernels.reference.linear` says what
+is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+
+from kernels.simd import LANES, add_outer_product, add_tile_to, store_bf16_sum, zero_tile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+# torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
+numba.config.THREADING_LAYER = "omp"
+
+PANEL: Final = 2 * LANES
+"""Outputs of a panel."""
+
+_PANELS_OF_TASK = 4
+_DEPTH = 1024  # of a part of K: 32 KiB of a panel
+_ROWS = 96  # of x that go through the panels of a task together
+_F32, _BF16 = 4, 2  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight `[num_outputs, K]` in panels, and its bias."""
+
+    panels: Tensor  # bfloat16 [panels, K, PANEL]; outputs j and j + LANES of a panel are neighbours
+    bias: Tensor  # float32 [panels * PANEL], zeros without one
+    num_outputs: int
+
+
+def pack(weight: Tensor, bias: Tensor | None) -> PackedWeight:
+    """Pack a weight `[N, K]`, bfloat16, and a bias `[N]`; rows of zeros fill the last panel."""
+    num_outputs, depth = weight.shape
+    num_panels = -(-num_outputs // PANEL)
+    panels = torch.zeros(num_panels, depth, LANES, 2, dtype=weight.dtype)
+    whole, rest = divmod(num_outputs, PANEL)
+    panels[:whole] = _interleave(weight[: whole * PANEL])
+    if rest:
+        last = torch.zeros(PANEL, depth, dtype=weight.dtype)
+        last[:rest] = weight[whole * PANEL :]
+        panels[whole:] = _interleave(last)
+    padded_bias = torch.zeros(num_panels * PANEL, dtype=torch.float32)
+    if bias is not None:
+        padded_bias[:num_outputs] = bias
+    return PackedWeight(panels.view(num_panels, depth, PANEL), padded_bias, num_outputs)
+
+
+def _interleave(rows: Tensor) -> Tensor:
+    """`[panels, K, LANES, 2]` of `[panels * PANEL, K]`."""
+    return rows.view(-1, 2, LANES, rows.shape[1]).permute(0, 3, 2, 1)
+
+
+def linear(x: Tensor, weight: PackedWeight) -> Tensor:
+    """See `kernels.reference.linear`: `[..., K]`, bfloat16, to `[..., num_outputs]`.
+
+    Raises:
+        ValueError: when x is not bfloat16 or of another K.
+    """
+    num_panels, depth, _ = weight.panels.shape
+    if x.dtype != torch.bfloat16 or x.shape[-1] != depth:
+        message = f"the packed weight takes bfloat16 [..., {depth}], not {x.dtype} {tuple(x.shape)}"
+        raise ValueError(message)
+    wide = x.reshape(-1, depth).float()
+    out = torch.empty(len(wide), num_panels * PANEL, dtype=torch.bfloat16)
+    _multiply(
+        wide.data_ptr(),
+        len(wide),
+        depth,
+        weight.panels.data_ptr(),
+        num_panels,
+        weight.bias.data_ptr(),
+        out.data_ptr(),
+    )
+    return out[:, : weight.num_outputs].view(*x.shape[:-1], weight.num_outputs)
+
+
+def _panel_product(num_rows: int) -> Callable[..., None]:
+    """What adds `num_rows` rows of x times a part of a panel to their sums."""
+    num_vectors = 2 * num_rows
+
+    @njit(error_model="numpy")
+    def add_product(x_at, x_stride, panel_at, depth, sums_at, sums_stride):
+        tile = zero_tile(num_vectors)
+        for k in range(depth):
+            tile = add_outer_product(tile, x_at + k * _F32, x_stride, panel_at + k * PANEL * _BF16)
+        add_tile_to(tile, sums_at, sums_stride)
+
+    return add_product  # type: ignore[no-any-return]
+
+
+# Twelve sums, two vectors of a panel, a number of x and the mask that widens: all sixteen registers of AVX2.
+_add_six, _add_four, _add_two, _add_one = (_panel_product(rows) for rows in (6, 4, 2, 1))
+
+
+@njit(error_model="numpy")
+def _add_rows(x_at, num_rows, x_stride, panel_at, depth, sums_at, sums_stride):
+    row = 0
+    while row < num_rows:
+        x_row, sums_row = x_at + row * x_stride, sums_at + row * sums_stride
+        rest = num_rows - row
+        if rest >= 6:  # noqa: PLR2004 -- the rows that the next line takes
+            _add_six(x_row, x_stride, panel_at, depth, sums_row, sums_stride)
+            row += 6
+        elif rest >= 4:  # noqa: PLR2004 -- as above
+            _add_four(x_row, x_stride, panel_at, depth, sums_row, sums_stride)
+            row += 4
+        elif rest >= 2:  # noqa: PLR2004 -- as above
+            _add_two(x_row, x_stride, panel_at, depth, sums_row, sums_stride)
+            row += 2
+        else:
+            _add_one(x_row, x_stride, panel_at, depth, sums_row, sums_stride)
+            row += 1
+
+
+@njit(error_model="numpy")
+def _round_rows(sums_at, sums_stride, bias_at, out_at, out_stride, num_rows, num_columns):
+    for row in range(num_rows):
+        for column in range(0, num_columns, LANES):
+            store_bf16_sum(
+                sums_at + row * sums_stride + column * _F32,
+                bias_at + column * _F32,
+                out_at + row * out_stride + column * _BF16,
+            )
+
+
+@njit(parallel=True, error_model="numpy", cache=True)
+def _multiply(x_at, num_rows, depth, panels_at, num_panels, bias_at, out_at):
+    x_stride, out_stride = depth * _F32, num_panels * PANEL * _BF16
+    num_tasks = (num_panels + _PANELS_OF_TASK - 1) // _PANELS_OF_TASK
+    for task in prange(num_tasks):
+        first = task * _PANELS_OF_TASK
+        count = min(_PANELS_OF_TASK, num_panels - first)
+        sums_stride = count * PANEL * _F32
+        for row in range(0, num_rows, _ROWS):
+            rows = min(_ROWS, num_rows - row)
+            sums = np.zeros(rows * count * PANEL, np.float32)
+            sums_at = sums.ctypes.data
+            for begin in range(0, depth, _DEPTH):
+                part = min(_DEPTH, depth - begin)
+                for panel in range(count):
+                    _add_rows(
+                        x_at + row * x_stride + begin * _F32,
+                        rows,
+                        x_stride,
+                        panels_at + ((first + panel) * depth + begin) * PANEL * _BF16,
+                        part,
+                        sums_at + panel * PANEL * _F32,
+                        sums_stride,
+                    )
+            columns = first * PANEL
+            _round_rows(
+                sums_at,
+                sums_stride,
+                bias_at + columns * _F32,
+                out_at + row * out_stride + columns * _BF16,
+                out_stride,
+                rows,
+                count * PANEL,
+            )
