@@ -13,7 +13,7 @@ import torch
 
 from compute_service.batch import null_batch, pack_step
 from compute_service.rows import RowStore
-from compute_service.sampling import sample
+from compute_service.sampling import sample, warm_up
 from compute_service.step import StepDone, StepError, StepFailed
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Engine:
     def warm_up(self) -> None:
         """One pass over a decode and a chunk, so that no request waits for a compiler; it writes to the null block."""
         zeros = torch.zeros(3, dtype=torch.int64, device=self._device)
-        self._forward(zeros, zeros, null_batch(self._device), zeros[:2])
+        warm_up(self._forward(zeros, zeros, null_batch(self._device), zeros[:2]))
 
     def run(self) -> None:
         """Run steps until stopped."""

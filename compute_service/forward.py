@@ -31,7 +31,7 @@ class ForwardPass:
     def __call__(
         self, token_ids: Tensor, position_ids: Tensor, batch: PagedBatch, output_rows: Tensor
     ) -> Tensor:
-        """Logits, float32 `[n, vocab]`, of the packed positions `output_rows` (int64 `[n]`).
+        """Logits `[n, vocab]`, of the model's dtype, of the packed positions `output_rows` (int64 `[n]`).
 
         Args:
             token_ids: int64 `[T]`.
@@ -46,5 +46,5 @@ class ForwardPass:
             logits_to_keep=output_rows,
             paged=PagedContext(self._kernels, self._caches, batch),
         )
-        logits: Tensor = output.logits[0].float()
+        logits: Tensor = output.logits[0]
         return logits

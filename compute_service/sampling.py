@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
 from compute_service.philox import uniform
+from kernels import numba_sampling
+from kernels import sampling as plain_sampling
+from kernels.sampling import Draws
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -16,7 +19,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-_FEW_TOKENS = 1024
+
+class _Operations(Protocol):
+    """Of `kernels.sampling`, for a device."""
+
+    def most_likely(self, logits: Tensor, /) -> tuple[Tensor, Tensor]:
+        """The largest logit of each row."""
+
+    def draw(self, logits: Tensor, draws: Draws, /) -> Tensor:
+        """Tokens by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +56,8 @@ class SampleRow:
     logits_row: int  # row of the logits, several samples may share one
     sampling: RowSampling
     position: int  # of the token to be drawn
-    prompt_token_ids: NDArray[np.int64]
-    output_token_ids: NDArray[np.int64]
+    prompt_token_ids: NDArray[np.int32]
+    output_token_ids: NDArray[np.int32]
     num_output_tokens: int
 
 
@@ -59,20 +70,76 @@ class SampledToken:
     top: tuple[tuple[int, float], ...]
 
 
-def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Iterator[SampledToken]:
-    """Draw a token for each of `rows` from `logits`, float32 `[n, vocab]`.
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
+    """Draw a token for each of `rows` from `logits`, `[n, vocab]`.
 
     Raises:
         ValueError: when the model gave a logit that is not a number.
     """
-    broken = logits.amax(dim=1).isnan()  # a maximum takes part in every NaN
-    if bool(broken.any()):
-        first = int(broken.nonzero()[0])
+    highest, is_broken = _operations(logits.device).most_likely(logits)
+    if bool(is_broken.any()):
+        first = int(is_broken.nonzero()[0])
         raise ValueError(f"the model gave logits that are not numbers, first in output {first}")
-    for row in rows:
-        raw = logits[row.logits_row]
-        token_id = _draw(_adjusted(raw, row), row)
-        yield _with_logprobs(raw, token_id, row.sampling.num_logprobs)
+    most_likely = highest.tolist()
+    token_ids = [most_likely[row.logits_row] for row in rows]
+    others = [index for index, row in enumerate(rows) if not _takes_highest(row)]
+    if others:
+        drawn = _drawn(logits, [rows[index] for index in others])
+        for index, token_id in zip(others, drawn, strict=True):
+            token_ids[index] = token_id
+    tokens = [SampledToken(token_id, None, ()) for token_id in token_ids]
+    for num_logprobs, indexes in _by_num_logprobs(rows).items():
+        chosen = [rows[index].logits_row for index in indexes]
+        asked = _with_logprobs(
+            logits[chosen], [token_ids[index] for index in indexes], num_logprobs
+        )
+        for index, token in zip(indexes, asked, strict=True):
+            tokens[index] = token
+    return tokens
+
+
+def warm_up(logits: Tensor) -> None:
+    """Compile what chooses tokens of logits such as these, so that no step waits for that."""
+    operations, one = _operations(logits.device), np.ones(1)
+    operations.most_likely(logits)
+    operations.draw(logits[:1].float(), Draws(one, one.astype(np.int64), one, one, np.zeros(1)))
+
+
+def _operations(device: torch.device) -> _Operations:
+    return numba_sampling if device.type == "cpu" else plain_sampling
+
+
+def _takes_highest(row: SampleRow) -> bool:
+    return row.sampling.temperature == 0 and not _is_adjusted(row)
+
+
+def _is_adjusted(row: SampleRow) -> bool:
+    sampling = row.sampling
+    return bool(
+        sampling.logit_bias
+        or row.num_output_tokens < sampling.min_tokens
+        or sampling.repetition_penalty != 1
+        or sampling.frequency_penalty
+        or sampling.presence_penalty
+    )
+
+
+def _drawn(logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """Tokens of rows that are adjusted or drawn by chance."""
+    own = logits[[row.logits_row for row in rows]].float()
+    for index, row in enumerate(rows):
+        if _is_adjusted(row):
+            own[index] = _adjusted(own[index], row)
+    draw = _operations(own.device).draw
+    chances = [index for index, row in enumerate(rows) if row.sampling.temperature]
+    if len(chances) == len(rows):
+        token_ids = draw(own, _draws(rows))
+    else:
+        token_ids = own.argmax(dim=1)
+        if chances:
+            token_ids[chances] = draw(own[chances], _draws([rows[index] for index in chances]))
+    found: list[int] = token_ids.tolist()
+    return found
 
 
 def _adjusted(raw: Tensor, row: SampleRow) -> Tensor:
@@ -92,7 +159,7 @@ def _penalized(logits: Tensor, row: SampleRow) -> Tensor:
     sampling = row.sampling
     if sampling.repetition_penalty != 1:
         known = np.unique(np.concatenate([row.prompt_token_ids, row.output_token_ids]))
-        seen = torch.from_numpy(known).to(logits.device)
+        seen = torch.from_numpy(known.astype(np.int64)).to(logits.device)
         found = logits.index_select(0, seen)
         factor = sampling.repetition_penalty
         logits = logits.index_copy(0, seen, torch.where(found > 0, found / factor, found * factor))
@@ -104,52 +171,38 @@ def _penalized(logits: Tensor, row: SampleRow) -> Tensor:
     return logits
 
 
-def _draw(logits: Tensor, row: SampleRow) -> int:
-    """Inverse of the cumulative distribution, in order of token ids, at one uniform number."""
-    sampling = row.sampling
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    probabilities = _filtered(torch.softmax(logits.double() / sampling.temperature, 0), sampling)
-    cumulative = probabilities.cumsum(0)
-    noise = uniform(sampling.seed, sampling.sample_index, row.position)
-    found = int(torch.searchsorted(cumulative, noise * cumulative[-1], right=True))
-    # Rounding may leave the number at the very end, behind the last possible token.
-    return min(found, int(probabilities.nonzero()[-1]))
-
-
-def _filtered(probabilities: Tensor, sampling: RowSampling) -> Tensor:
-    """Top-k, top-p and min-p, each a threshold on what the one before left; tokens as likely as the last stay."""
-    if 0 < sampling.top_k < len(probabilities):
-        least = probabilities.topk(sampling.top_k).values[-1]
-        probabilities = probabilities.where(probabilities >= least, 0.0)
-    if sampling.top_p < 1:
-        least = _least_of_mass(probabilities, sampling.top_p)
-        probabilities = probabilities.where(probabilities >= least, 0.0)
-    if sampling.min_p > 0:
-        least = sampling.min_p * probabilities.max()
-        probabilities = probabilities.where(probabilities >= least, 0.0)
-    return probabilities
-
-
-def _least_of_mass(probabilities: Tensor, share: float) -> Tensor:
-    """The least of the most likely tokens that together have `share` of the mass."""
-    wanted = share * probabilities.sum()
-    # Nearly always the first thousand have it; to sort a whole vocabulary takes ten times as long.
-    for count in (min(_FEW_TOKENS, len(probabilities)), len(probabilities)):
-        ordered = probabilities.topk(count).values
-        cumulative = ordered.cumsum(0)
-        if cumulative[-1] >= wanted:
-            break
-    return ordered[cumulative - ordered < wanted][-1]
-
-
-def _with_logprobs(raw: Tensor, token_id: int, num_logprobs: int) -> SampledToken:
-    if num_logprobs < 0:
-        return SampledToken(token_id, None, ())
-    logprobs = torch.log_softmax(raw, 0)
-    top = logprobs.topk(min(num_logprobs, len(raw)))
-    return SampledToken(
-        token_id,
-        float(logprobs[token_id]),
-        tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+def _draws(rows: Sequence[SampleRow]) -> Draws:
+    settings = [row.sampling for row in rows]
+    return Draws(
+        temperatures=np.array([found.temperature for found in settings], dtype=np.float64),
+        top_ks=np.array([found.top_k for found in settings], dtype=np.int64),
+        top_ps=np.array([found.top_p for found in settings], dtype=np.float64),
+        min_ps=np.array([found.min_p for found in settings], dtype=np.float64),
+        noise=uniform(
+            [found.seed for found in settings],
+            [found.sample_index for found in settings],
+            [row.position for row in rows],
+        ),
     )
+
+
+def _by_num_logprobs(rows: Sequence[SampleRow]) -> dict[int, list[int]]:
+    """Rows that ask for log-probabilities, by how many: which of equal ones come first depends on that number."""
+    found: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        if row.sampling.num_logprobs >= 0:
+            found.setdefault(row.sampling.num_logprobs, []).append(index)
+    return found
+
+
+def _with_logprobs(
+    raw: Tensor, token_ids: Sequence[int], num_logprobs: int
+) -> Iterator[SampledToken]:
+    """The tokens of the rows of `raw`, with log-probabilities."""
+    logprobs = torch.log_softmax(raw.float(), 1)
+    chosen = logprobs.gather(1, torch.tensor(token_ids, device=raw.device)[:, None])[:, 0]
+    top = logprobs.topk(min(num_logprobs, raw.shape[1]))
+    for token_id, logprob, best, values in zip(
+        token_ids, chosen.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
+    ):
+        yield SampledToken(token_id, logprob, tuple(zip(best, values, strict=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,8 @@ def test_philox_gives_the_published_numbers(
 
 def test_noise_depends_on_seed_sample_and_position() -> None:
     """Every argument counts, all 64 bits of the seed among them; numbers lie in [0, 1)."""
-    found = {
-        uniform(seed, sample_index, position)
-        for seed in (0, 1, 1 << 40, (1 << 64) - 1)
-        for sample_index in range(3)
-        for position in range(50)
-    }
+    tokens = list(itertools.product((0, 1, 1 << 40, (1 << 64) - 1), range(3), range(50)))
+    found = set(uniform(*zip(*tokens, strict=True)).tolist())
     assert len(found) == 600
     assert 0 <= min(found) < max(found) < 1
 
@@ -83,8 +80,8 @@ def row(position: int = 5, output: tuple[int, ...] = (), **changes: Any) -> Samp
         logits_row=0,
         sampling=replace(NEUTRAL, **changes),
         position=position,
-        prompt_token_ids=np.array([1, 2, 2], dtype=np.int64),
-        output_token_ids=np.array(output, dtype=np.int64),
+        prompt_token_ids=np.array([1, 2, 2], dtype=np.int32),
+        output_token_ids=np.array(output, dtype=np.int32),
         num_output_tokens=len(output),
     )
 
