@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # Tokenizing longer texts would hold up the steps of everybody else; a thread costs 50 microseconds.
 _INLINE_CHARS = 2_000
+# Nobody sees output of Complete before its end; taken now and then, it need not all be decoded in one turn of the loop.
+_COMPLETE_INTERVAL_S = 1.0
 
 
 class RouterServicer(router_pb2_grpc.RouterServiceServicer):
@@ -55,7 +57,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: grpc.aio.ServicerContext[pb.GenerateRequest, pb.GenerateResponse],
     ) -> AsyncIterator[pb.GenerateResponse]:
         """Stream one request."""
-        live, stream = await self._accept(request, context)
+        live, stream = await self._accept(request, context, self._stream_interval_s)
         with self._aborted_at_exit(live):
             yield pb.GenerateResponse(accepted=messages.accepted(live))
             while events := await stream.events():
@@ -71,7 +73,7 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         context: grpc.aio.ServicerContext[pb.CompleteRequest, pb.CompleteResponse],
     ) -> pb.CompleteResponse:
         """Answer one request whole."""
-        live, stream = await self._accept(request.request, context)
+        live, stream = await self._accept(request.request, context, _COMPLETE_INTERVAL_S)
         with self._aborted_at_exit(live):
             completions = [pb.Completion() for _ in range(live.num_samples)]
             while events := await stream.events():
@@ -150,12 +152,15 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return tenant
 
     async def _accept(
-        self, message: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+        self,
+        message: pb.GenerateRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+        interval_s: float,
     ) -> tuple[Request, OutputStream]:
         """Let a request wait for its turn; a request is accepted or rejected, and counted as one of both."""
         received_at = self._node.tally.now()
         try:
-            request, stream = await self._build(message, self._identify(context))
+            request, stream = await self._build(message, self._identify(context), interval_s)
             self._node.add(request, received_at)
         except Exception as error:
             reason = error.reason if isinstance(error, QuireError) else ErrorReason.INTERNAL
@@ -166,14 +171,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         return request, stream
 
     async def _build(
-        self, message: pb.GenerateRequest, tenant: str
+        self, message: pb.GenerateRequest, tenant: str, interval_s: float
     ) -> tuple[Request, OutputStream]:
         if self._node.is_draining:
             reason = "the router is shutting down; repeat on another one"
             raise NotReady(reason, retry_after_s=1.0)
         prompt = await self._prompt(message)
         sampling = messages.sampling_params(message.sampling)
-        stream = OutputStream(sampling.num_samples, self._stream_interval_s)
+        stream = OutputStream(sampling.num_samples, interval_s)
         request = self._node.intake.build(
             message.request_id,
             prompt,
