@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,11 +177,14 @@ class ComputeClient:
         self._generation = generation
         self._epoch = response.welcome.epoch
 
-    async def execute(self, batch: StepBatch) -> StepResult | StepFailure:
-        """Run a step; raises StreamLost."""
-        assert self._stream is not None
+    def submit(self, batch: StepBatch) -> asyncio.Future[StepResult | StepFailure]:
+        """Send a step as it is now; steps run in the order of these calls. The future raises StreamLost."""
         step = _execute_step(batch, self._generation, self._epoch)
-        response = await self._stream.ask(compute_pb2.ExecuteRequest(step=step))
+        return asyncio.ensure_future(self._execute(compute_pb2.ExecuteRequest(step=step)))
+
+    async def _execute(self, request: compute_pb2.ExecuteRequest) -> StepResult | StepFailure:
+        assert self._stream is not None
+        response = await self._stream.ask(request)
         if response.WhichOneof("message") == "failure":
             self._epoch = response.failure.epoch
             return StepFailure(response.failure.step, response.failure.message)
@@ -215,7 +219,7 @@ def _allocate_step(plan: StepPlan, generation: int) -> memory_pb2.AllocateStep:
 
 def _fork_demand(fork: Fork) -> memory_pb2.ForkDemand:
     return memory_pb2.ForkDemand(
-        src_row=fork.parent.row,
+        src_row=fork.parent_row,
         dst_row=fork.child.row,
         dst_incarnation=fork.child.incarnation,
         sequence_id=fork.child.sequence_id,
@@ -276,8 +280,11 @@ def _execute_step(batch: StepBatch, generation: int, epoch: int) -> compute_pb2.
         rows=[work.sequence.row for work in batch.work],
         starts=[work.start for work in batch.work],
         num_tokens=[work.num_tokens for work in batch.work],
-        output_rows=[output.sequence.row for output in batch.outputs],
-        output_samples=[output.sample_index for output in batch.outputs],
+        pending_rows=[row for row, _, _ in batch.pending],
+        pending_steps=[step for _, step, _ in batch.pending],
+        pending_outputs=[output for _, _, output in batch.pending],
+        output_rows=[output.source.row for output in batch.outputs],
+        output_samples=[output.sequence.sample_index for output in batch.outputs],
     )
 
 
@@ -294,7 +301,7 @@ def _row_state(sequence: Sequence) -> compute_pb2.RowState:
 
 def _row_fork(fork: Fork) -> compute_pb2.RowFork:
     return compute_pb2.RowFork(
-        src_row=fork.parent.row,
+        src_row=fork.parent_row,
         dst_row=fork.child.row,
         dst_incarnation=fork.child.incarnation,
         block_table=_pack(fork.child.block_table),

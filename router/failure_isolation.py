@@ -25,6 +25,11 @@ class FailureIsolation:
         """The only sequences that may run now; None when all may."""
         return self._groups[-1] if self._groups else None
 
+    @property
+    def is_active(self) -> bool:
+        """Whether a step failed and nobody, or not everybody, has run since."""
+        return self._has_failed or bool(self._groups)
+
     def step_succeeded(self, ran: Iterable[Sequence]) -> None:
         """Clear the sequences that ran."""
         self._has_failed = False
@@ -38,14 +43,21 @@ class FailureIsolation:
         kept = ([found for found in group if id(found) not in gone] for group in self._groups)
         self._groups = [group for group in kept if group]
 
-    def step_failed(self, ran: list[Sequence]) -> Sequence | None:
-        """Note the failure; the guilty sequence once it is found."""
+    def step_failed(self, ran: list[Sequence], num_ran: int) -> Sequence | None:
+        """Note the failure; the guilty sequence once it is found.
+
+        Args:
+            ran: those of the step that are still there.
+            num_ran: how many were in it: who left meanwhile may have been the guilty one.
+        """
+        if not ran:
+            return None
         if not self._has_failed and not self._groups:
             self._has_failed = True
             return None
         self.forget(ran)
-        if len(ran) == 1:
+        if num_ran == 1:
             return ran[0]
         middle = len(ran) // 2
-        self._groups += [ran[middle:], ran[:middle]]
+        self._groups += [group for group in (ran[middle:], ran[:middle]) if group]
         return None

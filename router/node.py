@@ -70,7 +70,9 @@ class Node:
         self.scheduler = Scheduler(_scheduler_limits(settings, terms), tally)
         self._memory = memory
         self._compute = compute
-        self._loop = StepLoop(self.scheduler, memory, compute, tally, self._check_terms)
+        self._loop = StepLoop(
+            self.scheduler, memory, compute, tally, self._check_terms, settings.steps_in_flight
+        )
 
     def _check_terms(self, model: ServedModel, terms: SessionTerms) -> None:
         """What came back is what requests were checked and tokenized for; raises StartupError."""

@@ -38,6 +38,7 @@ class OrderedStream(Generic[RequestT, ResponseT]):
         self._call = open_call()
         self._waiting: deque[asyncio.Future[ResponseT]] = deque()
         self._lost: StreamLost | None = None
+        self._writing = asyncio.Lock()  # gRPC takes one message at a time
         self._reader = asyncio.create_task(self._read())
 
     async def ask(self, request: RequestT) -> ResponseT:
@@ -52,7 +53,8 @@ class OrderedStream(Generic[RequestT, ResponseT]):
         self._waiting.append(answer)
         # When the write fails the reader learns the status and fails all who wait.
         with suppress(grpc.RpcError, asyncio.InvalidStateError):
-            await self._call.write(request)
+            async with self._writing:
+                await self._call.write(request)
         return await answer
 
     async def close(self, last: RequestT | None = None) -> None:

@@ -69,7 +69,7 @@ def _expendability(sequence: Sequence) -> tuple[int, int, int, int]:
     request = sequence.request
     return (
         request.priority,
-        -sequence.num_computed_tokens,
+        -sequence.next_position,
         request.arrival,
         sequence.sample_index,
     )

@@ -149,7 +149,8 @@ class Sequence:
     """One token stream.
 
     `[0, num_computed_tokens)` has keys and values that compute acknowledged; the next `num_in_flight_tokens` are in steps
-    not yet acknowledged; `num_pending_tokens` more tokens than `token_ids` holds are being sampled on the device.
+    not yet acknowledged. `token_ids` is what is known; the tokens behind it, up to `pending_end`, are being sampled on
+    the device.
     """
 
     request: Request
@@ -161,10 +162,14 @@ class Sequence:
     incarnation: int = 0  # rises with every admission
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
-    num_pending_tokens: int = 0
+    pending_end: int = 0  # of the tokens that steps in flight sample; 0: none does
+    pending_source: tuple[int, int] = (
+        0,
+        0,
+    )  # step, and output of it, that samples the last of them
     num_committed_tokens: int = 0  # of the computed, those that memory was told of
     block_table: list[int] = field(default_factory=list)
-    has_forked: bool = False  # the prompt was sampled: the siblings, if any, exist
+    has_forked: bool = False  # the prompt is sampled, or was: the siblings, if any, exist
     last_token_at: float = 0.0  # seconds of the router's clock; 0: no output yet
 
     @property
@@ -185,10 +190,15 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens known and pending."""
+        return max(len(self.token_ids), self.pending_end)
+
+    @property
     def num_tokens_to_run(self) -> int:
-        """The one scheduling rule: (known + pending) - (computed + in flight)."""
-        known = len(self.token_ids) + self.num_pending_tokens
-        return known - self.num_computed_tokens - self.num_in_flight_tokens
+        """The one scheduling rule: (known + pending) - (computed + in flight); a last token is nobody's input."""
+        last = self.num_prompt_tokens + self.request.max_tokens - 1
+        return min(self.num_tokens, last) - self.next_position
 
     @property
     def next_position(self) -> int:
@@ -201,11 +211,12 @@ class Sequence:
         return 1 if self.has_forked else self.request.num_samples
 
     @property
-    def samples_to_draw(self) -> range:
-        """Samples that the last known position is sampled for: all of them when the prompt ends there."""
+    def missing_samples(self) -> list[int]:
+        """Samples that are drawn, beside its own, where its prompt ends: siblings that do not exist yet."""
         if self.has_forked:
-            return range(self.sample_index, self.sample_index + 1)
-        return range(self.request.num_samples)
+            return []
+        samples = range(self.request.num_samples)
+        return [index for index in samples if index not in self.request.sequences]
 
     @property
     def urgency(self) -> tuple[int, int, int]:
@@ -253,14 +264,13 @@ class Sequence:
         self.request.finish_sample(self.sample_index, reason, matched=matched)
 
     def fork(self, sample_index: int) -> Sequence:
-        """The sibling `sample_index`, sharing all computed tokens."""
+        """The sibling `sample_index`, sharing the prompt, which a step in flight computes to its end."""
         child = Sequence(
             self.request,
             sample_index,
             array("i", self.request.prompt_token_ids),
             self.request.new_output(),
-            num_computed_tokens=self.num_computed_tokens,
-            num_committed_tokens=self.num_computed_tokens,
+            num_computed_tokens=self.num_prompt_tokens,
             has_forked=True,
         )
         self.request.sequences[sample_index] = child
@@ -278,7 +288,7 @@ class Sequence:
     def roll_back(self) -> None:
         """Forget steps that were not acknowledged."""
         self.num_in_flight_tokens = 0
-        self.num_pending_tokens = 0
+        self.pending_end = 0
 
     def lose_row(self) -> None:
         """Forget row and blocks: the sequence was preempted."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from router.request import Sequence
-    from router.step import Fork, StepBatch, Work
+    from router.step import Fork, StepBatch
 
 
 class RowMirror:
@@ -18,10 +18,11 @@ class RowMirror:
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}  # row -> incarnation
-        self._drops: list[int] = []
+        self._drops: dict[int, int] = {}  # the same, of rows that were given up
+        self._forks: list[Fork] = []
         self._appends: dict[int, list[int]] = {}
         self._remaps: dict[int, dict[int, int]] = {}
-        self._copies: list[tuple[int, int]] = []  # of steps not acknowledged, oldest first
+        self._copies: list[tuple[int, tuple[int, int]]] = []  # (step, copy), not acknowledged
         self._new_copies: list[tuple[int, int]] = []
         self._needs_reset = True
 
@@ -29,16 +30,17 @@ class RowMirror:
         """Compute forgot everything: the next step sends whole rows, and again the copies that may be lost."""
         self._known.clear()
         self._drops.clear()
+        self._forks.clear()
         self._appends.clear()
         self._remaps.clear()
         self._needs_reset = True
 
-    def acknowledge_copies(self) -> None:
-        """Every copy that was sent has been made."""
-        self._copies.clear()
+    def acknowledge_copies(self, step: int) -> None:
+        """Every copy that was sent up to `step` has been made."""
+        self._copies = [found for found in self._copies if found[0] > step]
 
     def drop_new_copies(self) -> bool:
-        """Copies that no step carried are not owed to anybody; whether none is owed at all now."""
+        """Copies that no step carried are not owed to anybody; whether no other is owed either."""
         self._new_copies.clear()
         return not self._copies
 
@@ -46,8 +48,19 @@ class RowMirror:
         """The row's sequence gave it up."""
         self._appends.pop(row, None)
         self._remaps.pop(row, None)
-        if self._known.pop(row, None) is not None:
-            self._drops.append(row)
+        self._forks = [fork for fork in self._forks if fork.child.row != row]
+        incarnation = self._known.pop(row, None)
+        if incarnation is not None:
+            self._drops[row] = incarnation
+
+    def fork(self, fork: Fork) -> None:
+        """Memory is asked to fork; so will be compute."""
+        self._forks.append(fork)
+
+    @property
+    def parent_rows(self) -> set[int]:
+        """Rows that compute needs until the forks it has not heard of are made."""
+        return {fork.parent_row for fork in self._forks}
 
     def append(self, row: int, block_id: int) -> None:
         """The row's table grew."""
@@ -63,15 +76,18 @@ class RowMirror:
         """A copy was ordered."""
         self._new_copies.append((src, dst))
 
-    def fill(self, batch: StepBatch, forks: list[Fork]) -> None:
+    def fill(self, batch: StepBatch) -> None:
         """Put into `batch` all that compute has to be told before it runs the work of `batch`."""
         batch.reset = self._needs_reset
-        batch.copies = self._copies_to_send()
-        batch.drop_rows, self._drops = self._drops, []
-        batch.forks = [fork for fork in forks if self._can_fork(fork)]
+        batch.copies = self._copies_to_send(batch.step)
+        batch.forks = self._forks_to_send()
         for fork in batch.forks:
             self._known[fork.child.row] = fork.child.incarnation
-        batch.new_rows = [work.sequence for work in batch.work if not self._knows(work)]
+        # Rows are dropped before others are forked from them: parents are dropped with the next step.
+        parent_rows = {fork.parent_row for fork in batch.forks}
+        batch.drop_rows = [row for row in self._drops if row not in parent_rows]
+        self._drops = {row: self._drops[row] for row in parent_rows & self._drops.keys()}
+        batch.new_rows = [work.sequence for work in batch.work if not self._knows(work.sequence)]
         for sequence in batch.new_rows:
             self._known[sequence.row] = sequence.incarnation
         batch.appends = [(row, block) for row, found in self._appends.items() for block in found]
@@ -84,17 +100,19 @@ class RowMirror:
         self._remaps.clear()
         self._needs_reset = False
 
-    def _copies_to_send(self) -> list[tuple[int, int]]:
-        sent = self._copies + self._new_copies if self._needs_reset else self._new_copies
-        self._copies += self._new_copies
-        self._new_copies = []
-        return list(sent)
+    def _copies_to_send(self, step: int) -> list[tuple[int, int]]:
+        again = [copy for _, copy in self._copies] if self._needs_reset else []
+        new, self._new_copies = self._new_copies, []
+        self._copies += [(step, copy) for copy in new]
+        return again + new
 
-    def _can_fork(self, fork: Fork) -> bool:
-        # Compute keeps the outputs of two steps only.
-        parent = fork.parent
-        return self._known.get(parent.row) == parent.incarnation and not self._needs_reset
+    def _forks_to_send(self) -> list[Fork]:
+        """Those that compute can make; other children come whole when they run: their token is known by then."""
+        forks, self._forks = self._forks, []
+        if self._needs_reset:
+            return []
+        has = self._known | self._drops
+        return [fork for fork in forks if has.get(fork.parent_row) == fork.parent_incarnation]
 
-    def _knows(self, work: Work) -> bool:
-        sequence: Sequence = work.sequence
+    def _knows(self, sequence: Sequence) -> bool:
         return self._known.get(sequence.row) == sequence.incarnation

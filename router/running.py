@@ -34,9 +34,11 @@ class Running:
         self.rows = RowTable(num_rows)
         self._block_size = block_size
         self._mirror = RowMirror()
-        self._commits: list[Commit] = []
+        self._commits: dict[int, Commit] = {}
         self._releases: dict[int, ReleaseReason] = {}
-        self._forks: list[Fork] = []
+        self._forks: list[Fork] = []  # of which memory is to hear
+        self._unborn: list[Fork] = []  # whose source step is in flight
+        self._unused_rows: set[int] = set()  # released, and not free yet
         self._acknowledged_step = 0
 
     def __len__(self) -> int:
@@ -62,13 +64,11 @@ class Running:
         """Memory admitted `sequence` in the row it was given."""
         self.rows.start(sequence)
 
-    def fork(self, fork: Fork) -> None:
-        """Let the child run from the next step on."""
-        self._forks.append(fork)
-
     def leave(self, sequence: Sequence, reason: ReleaseReason) -> bool:
         """Take `sequence` out, fork or row; whether it held a row. Its blocks return with the next plan."""
-        self._forks = [fork for fork in self._forks if fork.child is not sequence]
+        if self._forks or self._unborn:
+            self._forks = [fork for fork in self._forks if fork.child is not sequence]
+            self._unborn = [fork for fork in self._unborn if fork.child is not sequence]
         if not self.rows.holds(sequence):
             return False
         row = self.rows.release(sequence)
@@ -84,27 +84,32 @@ class Running:
 
     def plan(self, plan: StepPlan) -> None:
         """Put into `plan` all that memory has to hear."""
-        plan.commits, self._commits = self._commits, []
+        plan.commits, self._commits = list(self._commits.values()), {}
         plan.forks, self._forks = self._forks, []
         self._plan_releases(plan)
         if not self.rows:
             # Copies that a lost step may not have made are owed to nobody: their sources need no pins any more.
-            self._mirror.acknowledge_copies()
-            self._acknowledged_step = plan.step - 1
+            self._acknowledge_step(plan.step - 1)
         plan.acknowledged_step = self._acknowledged_step
         for fork in plan.forks:
             self.rows.give(fork.child)
             self.rows.start(fork.child)
+            # Memory takes the commits of a plan in before its forks: it knows as much of the child as of the parent.
+            fork.child.num_committed_tokens = min(fork.parent.num_committed_tokens, fork.num_tokens)
+            self._mirror.fork(fork)
 
     def _plan_releases(self, plan: StepPlan) -> None:
-        """Release all rows but those of parents whose children are forked in this very step."""
-        parents = {fork.parent.row for fork in plan.forks}
+        """Release all rows but those of parents whose children memory makes in this very step."""
+        parents = {fork.parent_row for fork in plan.forks}
         kept = {row: reason for row, reason in self._releases.items() if row in parents}
         plan.releases = [
             Release(row, reason) for row, reason in self._releases.items() if row not in parents
         ]
         self._releases = kept
-        self.rows.free(release.row for release in plan.releases)
+        # Nobody gets a row of which compute has yet to make a child.
+        released = self._unused_rows | {release.row for release in plan.releases}
+        self._unused_rows = released & self._mirror.parent_rows
+        self.rows.free(released - self._unused_rows)
 
     # Admit
 
@@ -127,30 +132,62 @@ class Running:
     def make_batch(self, plan: StepPlan, work: list[Work]) -> StepBatch:
         """The step that runs `work`, with all that compute has to be told before."""
         batch = StepBatch(step=plan.step, work=work)
-        self._mirror.fill(batch, [fork for fork in plan.forks if self.rows.holds(fork.child)])
+        self._mirror.fill(batch)
+        forked = {fork.child.row for fork in batch.forks}
         for found in work:
             sequence = found.sequence
+            if found.end > len(sequence.token_ids) and sequence.row not in forked:
+                batch.pending.append((sequence.row, *sequence.pending_source))
             sequence.num_in_flight_tokens += found.num_tokens
-            if sequence.num_tokens_to_run == 0:
-                batch.outputs += [
-                    Output(sequence, sequence.incarnation, sample_index)
-                    for sample_index in sequence.samples_to_draw
-                ]
+            if sequence.next_position == sequence.num_tokens:
+                self._draw(sequence, batch)
         return batch
+
+    def _draw(self, sequence: Sequence, batch: StepBatch) -> None:
+        """Sample behind the last token of `sequence`; where its prompt ends, for the siblings too, which begin so."""
+        self._add_output(sequence, sequence, sequence.incarnation, batch)
+        for sample_index in sequence.missing_samples:
+            child = sequence.fork(sample_index)
+            fork = Fork(
+                sequence,
+                sequence.row,
+                sequence.incarnation,
+                child,
+                sequence.num_prompt_tokens,
+                batch.step,
+                len(batch.outputs),
+            )
+            self._forks.append(fork)
+            self._unborn.append(fork)
+            self._add_output(sequence, child, child.incarnation + 1, batch)
+        sequence.has_forked = True
+
+    @staticmethod
+    def _add_output(
+        source: Sequence, sequence: Sequence, incarnation: int, batch: StepBatch
+    ) -> None:
+        position = source.next_position
+        sequence.pending_end = position + 1
+        sequence.pending_source = (batch.step, len(batch.outputs))
+        batch.outputs.append(Output(source, sequence, incarnation, position))
 
     def skipped(self, plan: StepPlan) -> None:
         """The step ran nothing: whoever needed a copy of its answer was refused or preempted."""
         if self._mirror.drop_new_copies():
-            self._acknowledged_step = plan.step
+            self._acknowledge_step(plan.step)
 
     # Apply
 
     def acknowledge(self, batch: StepBatch) -> None:
         """The step was run: its copies were made, and its tokens are computed."""
-        self._acknowledged_step = batch.step
-        self._mirror.acknowledge_copies()
+        self._acknowledge_step(batch.step)
+        self._unborn = [fork for fork in self._unborn if fork.source_step != batch.step]
         for work in batch.work:
             self._advance(work)
+
+    def _acknowledge_step(self, step: int) -> None:
+        self._acknowledged_step = max(step, self._acknowledged_step)
+        self._mirror.acknowledge_copies(step)
 
     def _advance(self, work: Work) -> None:
         sequence = work.sequence
@@ -158,15 +195,20 @@ class Running:
             return
         sequence.num_in_flight_tokens -= work.num_tokens
         sequence.num_computed_tokens += work.num_tokens
-        self._commits.append(self._commit(sequence))
+        self._commit(sequence)
 
-    def _commit(self, sequence: Sequence) -> Commit:
+    def _commit(self, sequence: Sequence) -> None:
+        """Note progress, on top of what an earlier step made that memory has not heard of."""
         size = self._block_size
         begin = sequence.num_committed_tokens // size * size
         end = sequence.num_computed_tokens // size * size
         sequence.num_committed_tokens = sequence.num_computed_tokens
-        return Commit(
-            sequence.row, sequence.num_computed_tokens, sequence.token_ids[begin:end].tobytes()
+        earlier = self._commits.get(sequence.row)
+        token_ids = sequence.token_ids[begin:end].tobytes()
+        self._commits[sequence.row] = Commit(
+            sequence.row,
+            sequence.num_computed_tokens,
+            earlier.token_ids + token_ids if earlier else token_ids,
         )
 
     # Losses
@@ -174,15 +216,24 @@ class Running:
     def compute_lost(self) -> None:
         """Compute forgot its rows and did not acknowledge what is in flight: the next step is a reset."""
         self._mirror.reset()
+        for fork in list(self._unborn):
+            self._undo(fork)
         for sequence in self.rows:
             sequence.roll_back()
+
+    def _undo(self, fork: Fork) -> None:
+        """The prompt was not computed to its end: the child is forked again when it is."""
+        self.leave(fork.child, ReleaseReason.FAILED)
+        del fork.child.request.sequences[fork.child.sample_index]
+        fork.parent.has_forked = False
 
     def session_resumed(self, held_rows: Iterable[int]) -> list[Sequence]:
         """Give back every row that memory still holds; the sequences that have none any more."""
         orphans = [*self.rows, *(fork.child for fork in self._forks)]
         # A row that was given up and not told of still belongs to whoever gave it up.
         self._releases = {row: self._releases.get(row, ReleaseReason.RESUMED) for row in held_rows}
-        self._commits, self._forks = [], []
+        self._commits, self._forks, self._unborn = {}, [], []
+        self._unused_rows.clear()
         self.rows.clear(self._releases)
         self._mirror = RowMirror()
         return orphans

@@ -18,7 +18,7 @@ from router.preemption import victims_of
 from router.request import FinishReason, SequenceState
 from router.requests import RequestTable
 from router.running import RELEASE_REASONS, Running
-from router.step import Fork, RefusalReason, ReleaseReason, StepPlan, Work
+from router.step import RefusalReason, ReleaseReason, StepPlan, Work
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -50,8 +50,9 @@ class SchedulerLimits:
 class Scheduler:
     """Sequences, the rows they hold, and the steps that run them.
 
-    One owner calls it, from one thread, in the order plan, admit, then apply, fail or skip; `add` and `abort` may come
-    between any two of them.
+    One owner calls it, from one thread: plan and then admit, and skip when that gave no batch; apply or fail for every
+    batch, in the order in which they were made, of which several may be in flight. Between a plan and its admit comes
+    nothing but `add` and `abort`, which may come at any time.
     """
 
     def __init__(self, limits: SchedulerLimits, tally: Tally) -> None:
@@ -62,6 +63,10 @@ class Scheduler:
         self._running = Running(limits.max_num_seqs, limits.block_size)
         self._admissions = Admissions(self._requests.waiting, self._running.rows)
         self._isolation = FailureIsolation()
+        self._last_batch = 0  # number of the last step that was made
+        self._lost_up_to = (
+            0  # number of the last step that was in flight when an earlier one failed
+        )
         self.num_available_blocks: int | None = None  # after memory's last answer
         self.victims: list[Sequence] = []  # preempted at the last answer
 
@@ -92,8 +97,20 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step has anything to do, be it only giving blocks back."""
+        """Whether somebody waits or runs, or blocks are to be given back."""
         return bool(self._requests.waiting or self._running or self.owes_memory)
+
+    @property
+    def has_work_to_plan(self) -> bool:
+        """Whether a step that is planned now may run anything: all that runs may be in flight to its end."""
+        if self._isolation.suspects() is None and self._requests.waiting:
+            return True
+        return any(sequence.num_tokens_to_run > 0 for sequence in self._candidates())
+
+    @property
+    def may_overlap(self) -> bool:
+        """Whether a step may be planned while another is in flight: not while the guilty one of a failure is sought."""
+        return not self._isolation.is_active
 
     def add(self, request: Request) -> None:
         """Let `request` wait for admission; raises RequestIdInUse or QueueFull."""
@@ -150,12 +167,13 @@ class Scheduler:
         return budget
 
     def _runnable(self) -> list[Sequence]:
+        return sorted(self._candidates(), key=lambda found: found.urgency)
+
+    def _candidates(self) -> Iterator[Sequence]:
         suspects = self._isolation.suspects()
-        candidates: Iterable[Sequence] = self._running if suspects is None else suspects
-        return sorted(
-            (found for found in candidates if self._running.holds(found)),
-            key=lambda found: found.urgency,
-        )
+        if suspects is None:
+            return iter(self._running)
+        return (found for found in suspects if self._running.holds(found))
 
     # Admit
 
@@ -167,7 +185,10 @@ class Scheduler:
         work = plan.extends + list(self._take_admissions(plan, answer))
         self._preempt_for(plan, answer)
         work = [found for found in work if self._may_run(found, answer)]
-        return self._running.make_batch(plan, work) if work else None
+        if not work:
+            return None
+        self._last_batch = plan.step
+        return self._running.make_batch(plan, work)
 
     def _end_larger_than_quota(self, plan: StepPlan, answer: MemoryAnswer) -> None:
         """Waiting is of no use to them, and they would keep their tenant's blocks."""
@@ -216,21 +237,26 @@ class Scheduler:
         self._running.acknowledge(batch)
         self._tally.outputs_arrived()
         for index, output in enumerate(batch.outputs):
-            if self._requests.is_live(output.sequence.request):
-                logprobs = result.logprobs.get(index)
-                self._take_output(output, batch.step, index, result.token_ids[index], logprobs)
+            if self._is_next(output):
+                self._take_output(
+                    output.sequence, result.token_ids[index], result.logprobs.get(index)
+                )
+
+    def _is_next(self, output: Output) -> bool:
+        """Whether the sequence goes on with this token.
+
+        Not one that ended a step ago, for instance by a stop string. One that was preempted meanwhile does: the token
+        is the same in any admission. Not once it was admitted again: compute has a row of it without the token.
+        """
+        sequence = output.sequence
+        if sequence.state is SequenceState.FINISHED or output.position != len(sequence.token_ids):
+            return False
+        is_same = output.incarnation == sequence.incarnation
+        return is_same or sequence.state is SequenceState.WAITING
 
     def _take_output(
-        self, output: Output, step: int, index: int, token_id: int, logprobs: TokenLogprobs | None
+        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
     ) -> None:
-        sequence = output.sequence
-        if output.sample_index != sequence.sample_index:
-            parent, sequence = sequence, sequence.fork(output.sample_index)
-            num_tokens = parent.num_prompt_tokens
-            self._running.fork(Fork(parent, sequence, num_tokens, step, index))
-        elif output.incarnation != sequence.incarnation:
-            return
-        sequence.has_forked = True
         self._tally.token(sequence)
         sequence.append(token_id, logprobs)
         if sequence.state is SequenceState.FINISHED:
@@ -238,10 +264,16 @@ class Scheduler:
             self._forget_if_finished(sequence.request)
 
     def fail(self, batch: StepBatch, failure: StepFailure) -> Sequence | None:
-        """Roll back to what was acknowledged; the sequence that makes steps fail once it is found: its request ends."""
+        """Roll back to what was acknowledged; the sequence that makes steps fail once it is found: its request ends.
+
+        Steps behind a failed one are discarded by compute, which tells of each: they were rolled back with it.
+        """
+        if batch.step <= self._lost_up_to:
+            return None
         self.compute_lost()
         guilty = self._isolation.step_failed(
-            [work.sequence for work in batch.work if self._running.holds(work.sequence)]
+            [work.sequence for work in batch.work if self._running.holds(work.sequence)],
+            len(batch.work),
         )
         if guilty is not None:
             self._end(guilty.request, _step_failed(guilty.request, failure))
@@ -249,6 +281,7 @@ class Scheduler:
 
     def compute_lost(self) -> None:
         """Compute forgot its rows and did not acknowledge what is in flight: the next step is a reset."""
+        self._lost_up_to = self._last_batch
         self._running.compute_lost()
 
     def session_resumed(self, held_rows: Iterable[int]) -> None:

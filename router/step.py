@@ -64,6 +64,8 @@ class Fork:
     """`child` continues `parent` from output `source_output` of step `source_step`."""
 
     parent: Sequence
+    parent_row: int  # in that step, and until the fork is made, whatever becomes of the parent
+    parent_incarnation: int
     child: Sequence
     num_tokens: int  # tokens shared
     source_step: int
@@ -78,6 +80,11 @@ class Work:
     incarnation: int
     start: int
     num_tokens: int
+
+    @property
+    def end(self) -> int:
+        """Behind the last token."""
+        return self.start + self.num_tokens
 
 
 @dataclass(slots=True)
@@ -125,11 +132,12 @@ class MemoryAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The last position of `sequence` in a step is sampled as `sample_index`."""
+    """The last position of `source` in a step is sampled; `sequence`, itself or a sibling, gets the token."""
 
+    source: Sequence
     sequence: Sequence
-    incarnation: int
-    sample_index: int
+    incarnation: int  # of `sequence` once it runs on with the token
+    position: int  # of the token
 
 
 @dataclass(slots=True)
@@ -145,6 +153,7 @@ class StepBatch:
     appends: list[tuple[int, int]] = field(default_factory=list)  # (row, block)
     remaps: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index, block)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (src, dst)
+    pending: list[tuple[int, int, int]] = field(default_factory=list)  # (row, step, output)
     outputs: list[Output] = field(default_factory=list)
 
 

@@ -1,10 +1,12 @@
-"""The hot path: one step after another."""
+"""The hot path: steps are planned, sent and taken in, one or two of them in flight."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -51,12 +53,32 @@ class Compute(Protocol):
     async def open_steps(self, session_id: str, generation: int, pool_id: str) -> None:
         """Open a stream for the steps of a session generation."""
 
-    async def execute(self, batch: StepBatch) -> StepResult | StepFailure:
-        """Run a step."""
+    def submit(self, batch: StepBatch) -> asyncio.Future[StepResult | StepFailure]:
+        """Send a step as it is now; steps run in the order of these calls."""
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A step that compute was sent and that was not taken in yet."""
+
+    batch: StepBatch
+    outcome: asyncio.Future[StepResult | StepFailure]
+    laps: _Laps
+    planning: float  # seconds
+    memory: float  # seconds
 
 
 class StepLoop:
-    """Drives a scheduler against the two services; connects again when one of them went away."""
+    """Drives a scheduler against the two services; connects again when one of them went away.
+
+    Args:
+        scheduler: who runs what.
+        memory: is asked about a step while the one before runs.
+        compute: runs steps.
+        tally: counts them.
+        check_terms: raises when the services came back as others than before.
+        steps_in_flight: steps that compute may have been sent and not answered; with two it never waits for us.
+    """
 
     def __init__(
         self,
@@ -65,13 +87,16 @@ class StepLoop:
         compute: Compute,
         tally: Tally,
         check_terms: Callable[[ServedModel, SessionTerms], None] = lambda _model, _terms: None,
+        steps_in_flight: int = 2,
     ) -> None:
         self._scheduler = scheduler
         self._tally = tally
         self._memory = memory
         self._compute = compute
         self._check_terms = check_terms
-        self._wake = asyncio.Event()
+        self._steps_in_flight = steps_in_flight
+        self._in_flight: deque[_InFlight] = deque()
+        self._wake = asyncio.Event()  # requests came or went, or a step ended
         self.is_connected = asyncio.Event()
         self.is_connected.set()  # whoever builds the loop has just connected
 
@@ -81,41 +106,78 @@ class StepLoop:
 
     async def run(self) -> None:
         """Run steps until cancelled."""
-        while True:
-            self._wake.clear()
-            if not self._scheduler.has_work:
-                await self._wake.wait()
-            try:
-                await self._run_steps()
-            except StreamLost as lost:
-                await self._reconnect(lost)
+        try:
+            while True:
+                self._wake.clear()
+                if not self._scheduler.has_work:
+                    await self._wake.wait()
+                try:
+                    await self._run_steps()
+                except StreamLost as lost:
+                    await self._abandon()
+                    await self._reconnect(lost)
+        finally:
+            await self._abandon()
 
     async def _run_steps(self) -> None:
-        while self._scheduler.has_work:
+        while self._scheduler.has_work or self._in_flight:
             self._wake.clear()
-            ran = await self.step()
-            if not ran and not self._scheduler.owes_memory:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_REFUSED_WAIT_S):
-                        await self._wake.wait()
+            if self._may_begin and await self._begin():
+                continue
+            await self._until_news()
+            if self._in_flight and self._in_flight[0].outcome.done():
+                self._end(self._in_flight.popleft())
 
-    async def step(self) -> bool:
-        """One step; whether it ran anything."""
-        lap = _Laps()
+    @property
+    def _may_begin(self) -> bool:
+        if not self._in_flight:
+            return self._scheduler.has_work
+        has_room = len(self._in_flight) < self._steps_in_flight and self._scheduler.may_overlap
+        return has_room and self._scheduler.has_work_to_plan
+
+    async def _begin(self) -> bool:
+        """Put a step in flight; whether there was anything to run."""
+        laps = _Laps()
         plan = self._scheduler.plan()
-        planning = lap.seconds()
+        if plan.is_empty:
+            return False
+        planning = laps.seconds()
         answer = await self._memory.allocate(plan)
-        memory = lap.seconds()
+        memory = laps.seconds()
         batch = self._admit(plan, answer)
         if batch is None:
             self._scheduler.skip(plan)
             return False
-        planning += lap.seconds()
-        outcome = await self._compute.execute(batch)
-        compute = lap.seconds()
-        self._take(batch, outcome)
-        self._tally.step_ended(StepTimes(planning, memory, compute, lap.seconds()), outcome)
+        outcome = self._compute.submit(batch)
+        outcome.add_done_callback(lambda _: self._wake.set())
+        planning += laps.seconds()
+        self._in_flight.append(_InFlight(batch, outcome, laps, planning, memory))
         return True
+
+    async def _until_news(self) -> None:
+        """Wait until the oldest step has ended, or something changed that lets another one begin."""
+        if self._in_flight:
+            if not self._in_flight[0].outcome.done():
+                await self._wake.wait()
+        elif not self._scheduler.owes_memory:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_REFUSED_WAIT_S):
+                    await self._wake.wait()
+
+    def _end(self, step: _InFlight) -> None:
+        outcome = step.outcome.result()
+        compute = step.laps.seconds()
+        self._take(step.batch, outcome)
+        times = StepTimes(step.planning, step.memory, compute, step.laps.seconds())
+        self._tally.step_ended(times, outcome)
+
+    async def _abandon(self) -> None:
+        """Nobody will answer the steps in flight, or nobody is left to hear."""
+        lost = [step.outcome for step in self._in_flight]
+        self._in_flight.clear()
+        for outcome in lost:
+            outcome.cancel()
+        await asyncio.gather(*lost, return_exceptions=True)
 
     def _admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
         batch = self._scheduler.admit(plan, answer)
@@ -133,9 +195,10 @@ class StepLoop:
             self._scheduler.apply(batch, outcome)
             return
         sequence_ids = [work.sequence.sequence_id for work in batch.work]
-        _logger.warning(
-            "step_failed", step=outcome.step, reason=outcome.message, sequence_ids=sequence_ids
-        )
+        if outcome.message:  # else an earlier one failed, and this one was only discarded
+            _logger.warning(
+                "step_failed", step=outcome.step, reason=outcome.message, sequence_ids=sequence_ids
+            )
         guilty = self._scheduler.fail(batch, outcome)
         if guilty is not None:
             _logger.warning(

@@ -1,4 +1,7 @@
-"""The scheduler over the real block manager, with aborts, quotas, failing steps and lost replies at any point."""
+"""The scheduler over the real block manager, with aborts, quotas, failing steps and lost replies at any point.
+
+One or two steps are in flight, as the machine draws it.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,14 @@ from typing import TYPE_CHECKING
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from simulated_node import POISON, SimulatedDevice, SimulatedMemory
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from simulated_node import POISON, SimulatedMemory, SimulatedNode
 from simulated_requests import expected_tokens, make_request, sink_of
 
 from memory_service.integrity import check_integrity
@@ -43,12 +52,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tally = Tally()
         self.scheduler = Scheduler(limits, self.tally)
         self.memory = SimulatedMemory(NUM_BLOCKS, SIZE, NUM_ROWS, min_partial_tokens=1)
-        self.device = SimulatedDevice(SIZE)
+        self.node = CheckedNode(self.scheduler, self.memory, self)
+        self.steps_in_flight = 1
+        self.num_lost = 0  # steps that failed or went unheard
         self.requests: list[Request] = []
         self.aborted: set[Request] = set()
         self.least_quota: dict[str, int] = {}  # of each tenant, ever
         self.preempted: set[str] = set()  # sequences, ever
         self.was_resumed = False
+
+    @initialize(steps_in_flight=st.integers(1, 2))
+    def begin(self, steps_in_flight: int) -> None:
+        self.steps_in_flight = steps_in_flight
 
     # What clients and operators do
 
@@ -91,49 +106,45 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # Steps
 
-    @rule(count=st.integers(1, 6))
+    @rule(count=st.integers(1, 12))
     def run_steps(self, count: int) -> None:
         for _ in range(count):
-            self.step()
+            self.node.turn(self.steps_in_flight)
 
     @precondition(lambda self: self.scheduler.has_work)
     @rule(fault=st.sampled_from(["before", "after", "answer", "abort"]), data=st.data())
     def run_faulty_step(self, fault: str, data: st.DataObject) -> None:
         """A step that fails on the device, ends unheard, whose answer is lost, or beside which somebody gives up."""
+        if not self.node.may_begin(self.steps_in_flight):
+            self.node.turn(self.steps_in_flight)
+            return
         plan = self.scheduler.plan()
-        answer = self._allocate(plan)
+        answer = self.node.ask(plan)
         if fault == "answer":
-            self.device.crash()
+            self._lose_steps()
             self.scheduler.session_resumed(self.memory.held_rows())
             self.was_resumed = True
             return
         if fault == "abort":
             self.abort(data)
-        batch = self._admit(plan, answer)
+        batch = self.node.admit(plan, answer)
         if batch is None:
             self.scheduler.skip(plan)
         elif fault == "abort":
-            self._take(batch)
+            self.node.execute(batch)
         else:
             if fault == "after":
-                self.device.execute(batch)
-            self.device.crash()
+                self.node.execute(batch)
+            self._lose_steps()
             self.scheduler.compute_lost()
 
-    def step(self) -> None:
-        plan = self.scheduler.plan()
-        batch = self._admit(plan, self._allocate(plan))
-        if batch is None:
-            self.scheduler.skip(plan)
-        else:
-            self._take(batch)
+    def _lose_steps(self) -> None:
+        """Nobody will ever hear of what is in flight."""
+        self.node.in_flight.clear()
+        self.node.device.crash()
+        self.num_lost += 1
 
-    def _allocate(self, plan: StepPlan) -> MemoryAnswer:
-        for release in plan.releases:
-            self._check_reason(release)
-        return self.memory.allocate(plan)
-
-    def _check_reason(self, release: Release) -> None:
+    def check_reason(self, release: Release) -> None:
         name = self.memory.sequence_id(release.row)
         if release.reason is ReleaseReason.PREEMPTED:
             assert name in self.preempted
@@ -142,21 +153,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         else:
             request_id, _, sample = name.partition("@")[0].partition("/")
             (request,) = (found for found in self.requests if found.request_id == request_id)
+            if release.reason is ReleaseReason.FAILED and int(sample) > 0 and self.num_lost:
+                return  # a child of a fork whose source step was lost: it is forked again
             finish = sink_of(request).finishes[int(sample)]
             assert finish.reason in FINISHES[release.reason]
-
-    def _admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
-        batch = self.scheduler.admit(plan, answer)
-        self.preempted |= {victim.sequence_id for victim in self.scheduler.victims}
-        return batch
-
-    def _take(self, batch: StepBatch) -> None:
-        assert sum(work.num_tokens for work in batch.work) <= BUDGET
-        outcome = self.device.execute(batch)
-        if isinstance(outcome, StepFailure):
-            self.scheduler.fail(batch, outcome)
-        else:
-            self.scheduler.apply(batch, outcome)
 
     # What must hold
 
@@ -173,9 +173,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for _ in range(MAX_STEPS):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.node.in_flight:
                 break
-            self.step()
+            self.node.turn(self.steps_in_flight)
             self.books_agree()
         assert not self.scheduler.has_work
         assert self.memory.manager.pool.num_available == NUM_BLOCKS - 1
@@ -229,6 +229,31 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert is_poisoned
         else:
             assert not is_poisoned
+
+
+class CheckedNode(SimulatedNode):
+    """Looks at what passes by."""
+
+    def __init__(
+        self, scheduler: Scheduler, memory: SimulatedMemory, machine: SchedulerMachine
+    ) -> None:
+        super().__init__(scheduler, memory)
+        self._machine = machine
+
+    def ask(self, plan: StepPlan) -> MemoryAnswer:
+        for release in plan.releases:
+            self._machine.check_reason(release)
+        return super().ask(plan)
+
+    def admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
+        batch = super().admit(plan, answer)
+        self._machine.preempted |= {victim.sequence_id for victim in self.scheduler.victims}
+        return batch
+
+    def execute(self, batch: StepBatch) -> None:
+        assert sum(work.num_tokens for work in batch.work) <= BUDGET
+        super().execute(batch)
+        self._machine.num_lost += isinstance(self.in_flight[-1][1], StepFailure)
 
 
 def num_blocks_alone(request: Request) -> int:

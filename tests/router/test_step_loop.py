@@ -36,7 +36,7 @@ class IdleCompute:
     async def open_steps(self, session_id: str, generation: int, pool_id: str) -> None:
         raise AssertionError
 
-    async def execute(self, batch: StepBatch) -> StepResult | StepFailure:
+    def submit(self, batch: StepBatch) -> asyncio.Future[StepResult | StepFailure]:
         raise AssertionError
 
 

@@ -94,7 +94,7 @@ def _demand(plan: StepPlan) -> demand.StepDemand:
 def _fork(fork: Fork) -> demand.Fork:
     child = fork.child
     return demand.Fork(
-        fork.parent.row, child.row, child.incarnation, child.sequence_id, "", fork.num_tokens
+        fork.parent_row, child.row, child.incarnation, child.sequence_id, "", fork.num_tokens
     )
 
 
@@ -120,15 +120,20 @@ class SimulatedDevice:
         self._tokens: dict[int, list[int]] = {}
         self._outputs: deque[tuple[int, list[int]]] = deque(maxlen=2)
         self._needs_reset = True
+        self._last_step = 0
 
     def crash(self) -> None:
         """Forget the rows, keep the slots."""
         self._tables.clear()
         self._tokens.clear()
+        self._outputs.clear()
         self._needs_reset = True
 
     def execute(self, batch: StepBatch) -> StepResult | StepFailure:
-        assert batch.reset or not self._needs_reset
+        assert batch.step > self._last_step
+        self._last_step = batch.step
+        if self._needs_reset and not batch.reset:
+            return StepFailure(batch.step, "")  # sent before its sender heard of a failure
         if batch.reset:
             self.crash()
         self._needs_reset = False
@@ -139,7 +144,7 @@ class SimulatedDevice:
         for work in batch.work:
             self._run(work.sequence.row, work.start, work.start + work.num_tokens)
         token_ids = [
-            next_token(tuple(self._tokens[found.sequence.row]), found.sample_index)
+            next_token(tuple(self._tokens[found.source.row]), found.sequence.sample_index)
             for found in batch.outputs
         ]
         self._keep(batch, token_ids)
@@ -155,13 +160,15 @@ class SimulatedDevice:
             self._tokens[new.row] = new.token_ids.tolist()
         for fork in batch.forks:
             outputs = dict(self._outputs)[fork.source_step]
-            shared = self._tokens[fork.parent.row][: fork.num_tokens]
+            shared = self._tokens[fork.parent_row][: fork.num_tokens]
             self._tables[fork.child.row] = list(fork.child.block_table)
             self._tokens[fork.child.row] = [*shared, outputs[fork.source_output]]
         for row, block_id in batch.appends:
             self._tables[row].append(block_id)
         for row, index, block_id in batch.remaps:
             self._tables[row][index] = block_id
+        for row, step, output in batch.pending:
+            assert self._tokens[row][-1] == dict(self._outputs)[step][output]
         self._copy(batch)
 
     def _copy(self, batch: StepBatch) -> None:
@@ -191,37 +198,80 @@ class SimulatedDevice:
     def _keep(self, batch: StepBatch, token_ids: list[int]) -> None:
         seen = set()
         for found, token_id in zip(batch.outputs, token_ids, strict=True):
-            if found.sequence.row not in seen:
-                self._tokens[found.sequence.row].append(token_id)
-            seen.add(found.sequence.row)
+            if found.source.row not in seen:
+                self._tokens[found.source.row].append(token_id)
+            seen.add(found.source.row)
         self._outputs.append((batch.step, token_ids))
 
 
+def work_of(batch: StepBatch | None) -> list[tuple[str, int, int]]:
+    """(sequence, start, tokens) of what a step runs."""
+    work = [] if batch is None else batch.work
+    return [(found.sequence.sequence_id, found.start, found.num_tokens) for found in work]
+
+
 class SimulatedNode:
-    """A scheduler with memory and device under it."""
+    """A scheduler with memory and device under it. Steps run when they begin, and are heard of when they end."""
 
     def __init__(self, scheduler: Scheduler, memory: SimulatedMemory) -> None:
         self.scheduler = scheduler
         self.memory = memory
         self.device = SimulatedDevice(memory.manager.block_size)
+        self.in_flight: deque[tuple[StepBatch, StepResult | StepFailure]] = deque()
 
-    def step(self) -> list[tuple[str, int, int]]:
-        """Run a step; (sequence, start, tokens) of its work."""
+    def begin(self) -> StepBatch | None:
+        """Put a step in flight, if it runs anything."""
         plan = self.scheduler.plan()
-        batch = self.scheduler.admit(plan, self.memory.allocate(plan))
+        batch = self.admit(plan, self.ask(plan))
         if batch is None:
             self.scheduler.skip(plan)
-            return []
-        work = [(found.sequence.sequence_id, found.start, found.num_tokens) for found in batch.work]
-        outcome = self.device.execute(batch)
-        assert not isinstance(outcome, StepFailure)
-        self.scheduler.apply(batch, outcome)
-        return work
+        else:
+            self.execute(batch)
+        return batch
 
-    def run(self) -> None:
+    def ask(self, plan: StepPlan) -> MemoryAnswer:
+        return self.memory.allocate(plan)
+
+    def admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
+        return self.scheduler.admit(plan, answer)
+
+    def execute(self, batch: StepBatch) -> None:
+        self.in_flight.append((batch, self.device.execute(batch)))
+
+    def end(self) -> StepResult | StepFailure:
+        """Hear of the oldest step."""
+        batch, outcome = self.in_flight.popleft()
+        if isinstance(outcome, StepFailure):
+            self.scheduler.fail(batch, outcome)
+        else:
+            self.scheduler.apply(batch, outcome)
+        return outcome
+
+    def step(self) -> list[tuple[str, int, int]]:
+        """Run a step and hear of it."""
+        batch = self.begin()
+        if batch is not None:
+            assert not isinstance(self.end(), StepFailure)
+        return work_of(batch)
+
+    def turn(self, steps_in_flight: int) -> None:
+        """What the router does next: begin a step if one may, else hear of the oldest."""
+        if self.may_begin(steps_in_flight) and self.begin() is not None:
+            return
+        if self.in_flight:
+            self.end()
+
+    def may_begin(self, steps_in_flight: int) -> bool:
+        """Whether the router would begin a step now."""
+        if not self.in_flight:
+            return self.scheduler.has_work
+        has_room = len(self.in_flight) < steps_in_flight and self.scheduler.may_overlap
+        return has_room and self.scheduler.has_work_to_plan
+
+    def run(self, steps_in_flight: int = 1) -> None:
         """Run steps until nobody is left, which must happen."""
         for _ in range(MAX_STEPS):
-            if not self.scheduler.has_work:
+            if not self.scheduler.has_work and not self.in_flight:
                 return
-            self.step()
+            self.turn(steps_in_flight)
         raise AssertionError("somebody waits for ever")
