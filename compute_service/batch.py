@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,8 +14,7 @@ from compute_service.step import StepError
 from kernels.batch import PagedBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from compute_service.rows import Row, RowStore
@@ -34,43 +33,83 @@ class PackedStep:
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Tokens `[start, end)` of a row, in one step."""
+class _Spans:
+    """Tokens `[starts, ends)` of rows in one step, an element a row."""
 
-    number: int
-    row: Row
-    start: int
-    end: int
+    numbers: list[int]
+    rows: list[Row]
+    starts: NDArray[np.int32]
+    ends: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, step: Step, rows: RowStore) -> _Spans:
+        """Rows that run one token come first, as the decode kernel wants them."""
+        starts, counts = np.array(step.starts, np.int32), np.array(step.num_tokens, np.int32)
+        order = np.argsort(counts > 1, kind="stable")
+        numbers = [step.rows[index] for index in order]
+        starts = starts[order]
+        return cls(numbers, [rows[number] for number in numbers], starts, starts + counts[order])
+
+    def check(self, block_size: int) -> None:
+        """Raises StepError when a row does not know its tokens, or its table does not cover them."""
+        if not self.numbers:
+            raise StepError("the step runs no row")
+        known = np.array([len(row.token_ids) for row in self.rows])
+        covered = block_size * np.array([len(row.block_table) for row in self.rows])
+        starts, ends = self.starts, self.ends
+        for index in ((starts < 0) | (ends <= starts) | (ends > known)).nonzero()[0]:
+            span = f"[{starts[index]}, {ends[index]})"
+            message = (
+                f"row {self.numbers[index]} cannot run {span}: {known[index]} tokens are known"
+            )
+            raise StepError(message)
+        for index in (ends > covered).nonzero()[0]:
+            number, last = self.numbers[index], ends[index] - 1
+            raise StepError(f"row {number}: its table does not cover position {last}")
+
+    def token_ids(self) -> NDArray[np.int64]:
+        """All tokens, packed."""
+        each = zip(self.rows, self.starts.tolist(), self.ends.tolist(), strict=True)
+        found = [row.token_ids.values[start:end] for row, start, end in each]
+        return np.concatenate(found, dtype=np.int64)
+
+    def block_tables(self) -> NDArray[np.int32]:
+        """A table a row, with zeros behind its end."""
+        found = [row.block_table.values for row in self.rows]
+        tables = np.zeros((len(found), max(map(len, found))), dtype=np.int32)
+        for index, table in enumerate(found):
+            tables[index, : len(table)] = table
+        return tables
 
 
 def pack_step(step: Step, rows: RowStore, block_size: int, device: torch.device) -> PackedStep:
-    """Pack `step`: rows with one token first, as the decode kernel wants them.
+    """Pack `step`: rows with one token first.
 
     Raises:
         StepError: when a row does not know the tokens it should run, or its table does not cover them.
     """
-    spans = _spans(step, rows, block_size)
-    spans.sort(key=lambda span: span.end - span.start > 1)
-    lengths = np.array([span.end - span.start for span in spans], dtype=np.int32)
-    query_start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    tables = _block_tables(spans)
-    positions = np.concatenate([np.arange(span.start, span.end) for span in spans])
-    owners = np.repeat(np.arange(len(spans)), lengths)
+    spans = _Spans.of(step, rows)
+    spans.check(block_size)
+    lengths = spans.ends - spans.starts
+    query_start = np.zeros(len(lengths) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=query_start[1:])
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    positions = np.arange(query_start[-1]) + (spans.starts - query_start[:-1])[owners]
+    tables = spans.block_tables()
     slots = tables[owners, positions // block_size].astype(np.int64) * block_size
-    token_ids = np.concatenate([span.row.token_ids.values[span.start : span.end] for span in spans])
-    last = {span.number: int(query_start[index + 1]) - 1 for index, span in enumerate(spans)}
+    last = dict(zip(spans.numbers, (query_start[1:] - 1).tolist(), strict=True))
     outputs = _Outputs(step, rows, last)
     return PackedStep(
-        token_ids=_tensor(token_ids.astype(np.int64), device),
-        position_ids=_tensor(positions.astype(np.int64), device),
+        token_ids=_tensor(spans.token_ids(), device),
+        position_ids=_tensor(positions, device),
         batch=PagedBatch(
             block_tables=_tensor(tables, device),
             query_start=_tensor(query_start, device),
-            context_lens=_tensor(np.array([span.end for span in spans], dtype=np.int32), device),
+            context_lens=_tensor(spans.ends, device),
             slot_mapping=_tensor(slots + positions % block_size, device),
             num_decodes=int((lengths == 1).sum()),
             max_query_len=int(lengths.max()),
-            max_context_len=max(span.end for span in spans),
+            max_context_len=int(spans.ends.max()),
         ),
         output_rows=_tensor(np.array(outputs.packed, dtype=np.int64), device),
         sample_rows=tuple(outputs.sample_rows),
@@ -88,33 +127,6 @@ def null_batch(device: torch.device) -> PagedBatch:
         max_query_len=2,
         max_context_len=2,
     )
-
-
-def _spans(step: Step, rows: RowStore, block_size: int) -> list[_Span]:
-    spans = []
-    for number, start, num_tokens in zip(step.rows, step.starts, step.num_tokens, strict=True):
-        row = rows[number]
-        span = _Span(number, row, start, start + num_tokens)
-        if num_tokens < 1 or start < 0 or span.end > len(row.token_ids):
-            known = len(row.token_ids)
-            message = f"row {number} cannot run [{start}, {span.end}): {known} tokens are known"
-            raise StepError(message)
-        if span.end > len(row.block_table) * block_size:
-            message = f"row {number}: its table does not cover position {span.end - 1}"
-            raise StepError(message)
-        spans.append(span)
-    if not spans:
-        message = "the step runs no row"
-        raise StepError(message)
-    return spans
-
-
-def _block_tables(spans: Sequence[_Span]) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    width = max(len(span.row.block_table) for span in spans)
-    tables = np.zeros((len(spans), width), dtype=np.int32)
-    for index, span in enumerate(spans):
-        tables[index, : len(span.row.block_table)] = span.row.block_table.values
-    return tables
 
 
 class _Outputs:
@@ -140,13 +152,11 @@ def _sample_row(row: Row, sample_index: int, logits_row: int) -> SampleRow:
         logits_row=logits_row,
         sampling=sampling_of(row, sample_index),
         position=len(known),
-        prompt_token_ids=known[: row.num_prompt_tokens].astype(np.int64),
-        output_token_ids=known[row.num_prompt_tokens :].astype(np.int64),
+        prompt_token_ids=known[: row.num_prompt_tokens],
+        output_token_ids=known[row.num_prompt_tokens :],
         num_output_tokens=len(known) - row.num_prompt_tokens,
     )
 
 
-def _tensor(
-    values: np.ndarray[tuple[int, ...], np.dtype[np.generic]], device: torch.device
-) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+def _tensor(values: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device)
