@@ -144,6 +144,9 @@ class _SchedulingSettings(BaseSettings, defer_build=True):
         0.01, ge=0, lt=1, description="share of the pool that admissions leave over"
     )
     queue_limit: PositiveInt = Field(1024, description="sequences that may wait")
+    steps_in_flight: int = Field(
+        2, ge=1, le=2, description="steps sent ahead: with 2 the device never waits for the router"
+    )
     served_model_name: str | None = Field(
         None, description="name told to clients; unset: the folder's"
     )
