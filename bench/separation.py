@@ -108,7 +108,14 @@ def compare(workload: Workload, num_rounds: int) -> list[Side]:
                 found = side.run(number)
                 if number:
                     side.rounds.append(found)
+            _tell(workload, number, sides)
     return sides
+
+
+def _tell(workload: Workload, number: int, sides: Sequence[Side]) -> None:
+    """Something to look at for whoever waits for the table."""
+    steps = [f"{side.name} {side.rounds[-1].step_ms:.2f} ms" for side in sides if side.rounds]
+    print(f"{workload.name} round {number}:", *steps, file=sys.stderr)
 
 
 def slowdowns(sides: Sequence[Side]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:

@@ -69,6 +69,7 @@ def simulated_device(step_s: float) -> Iterator[None]:
     with (
         patch.object(compute_service.__main__, "ForwardPass", make_forward),
         patch.object(compute_service.engine, "sample", _read_back),
+        patch.object(compute_service.engine, "warm_up", _compile_nothing),
     ):
         yield
 
@@ -77,6 +78,10 @@ def _read_back(sampled: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]
     """What the host does with tokens that the device drew, int64 `[n, 1]`."""
     token_ids = sampled[:, 0].tolist()
     return [SampledToken(token_ids[row.logits_row], None, ()) for row in rows]
+
+
+def _compile_nothing(_sampled: Tensor) -> None:
+    """No kernel of the host draws tokens."""
 
 
 def _text() -> Tensor:
