@@ -119,6 +119,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
             "maxNumBatchedTokens": 256,
             "watermark": 0.25,
             "queueLimit": 9,
+            "stepsInFlight": 1,
             "streamIntervalMs": 12.5,
         },
         "memory": {"leaseTtlSeconds": 2.5, "maxNumRows": 16},
@@ -145,7 +146,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute.memory_patience_s == 7.5
     assert (router.max_num_seqs, router.max_num_batched_tokens) == (8, 256)
     assert (router.watermark, router.queue_limit) == (0.25, 9)
-    assert router.stream_interval_ms == 12.5
+    assert (router.stream_interval_ms, router.steps_in_flight) == (12.5, 1)
     assert (router.served_model_name, router.metrics_compat) == ("mine", "vllm")
     assert (router.tenants, router.tenant_metadata) == (None, "x-tenant")
     assert (router.shutdown_grace_s, router.log_level, router.log_format) == (

@@ -169,6 +169,7 @@ limits:
 - --max-num-batched-tokens={{ int64 .maxNumBatchedTokens }}
 - --watermark={{ .watermark }}
 - --queue-limit={{ int64 .queueLimit }}
+- --steps-in-flight={{ int64 .stepsInFlight }}
 - --stream-interval-ms={{ .streamIntervalMs }}
 {{- end }}
 {{- with .Values.model.servedName }}
