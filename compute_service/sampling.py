@@ -14,7 +14,7 @@ from kernels import sampling as plain_sampling
 from kernels.sampling import Draws
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -87,15 +87,9 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> list[SampledToken]:
         drawn = _drawn(logits, [rows[index] for index in others])
         for index, token_id in zip(others, drawn, strict=True):
             token_ids[index] = token_id
-    tokens = [SampledToken(token_id, None, ()) for token_id in token_ids]
-    for num_logprobs, indexes in _by_num_logprobs(rows).items():
-        chosen = [rows[index].logits_row for index in indexes]
-        asked = _with_logprobs(
-            logits[chosen], [token_ids[index] for index in indexes], num_logprobs
-        )
-        for index, token in zip(indexes, asked, strict=True):
-            tokens[index] = token
-    return tokens
+    return [
+        _with_logprobs(logits, row, token_id) for row, token_id in zip(rows, token_ids, strict=True)
+    ]
 
 
 def warm_up(logits: Tensor) -> None:
@@ -186,23 +180,15 @@ def _draws(rows: Sequence[SampleRow]) -> Draws:
     )
 
 
-def _by_num_logprobs(rows: Sequence[SampleRow]) -> dict[int, list[int]]:
-    """Rows that ask for log-probabilities, by how many: which of equal ones come first depends on that number."""
-    found: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        if row.sampling.num_logprobs >= 0:
-            found.setdefault(row.sampling.num_logprobs, []).append(index)
-    return found
-
-
-def _with_logprobs(
-    raw: Tensor, token_ids: Sequence[int], num_logprobs: int
-) -> Iterator[SampledToken]:
-    """The tokens of the rows of `raw`, with log-probabilities."""
-    logprobs = torch.log_softmax(raw.float(), 1)
-    chosen = logprobs.gather(1, torch.tensor(token_ids, device=raw.device)[:, None])[:, 0]
-    top = logprobs.topk(min(num_logprobs, raw.shape[1]))
-    for token_id, logprob, best, values in zip(
-        token_ids, chosen.tolist(), top.indices.tolist(), top.values.tolist(), strict=True
-    ):
-        yield SampledToken(token_id, logprob, tuple(zip(best, values, strict=True)))
+def _with_logprobs(logits: Tensor, row: SampleRow, token_id: int) -> SampledToken:
+    count = row.sampling.num_logprobs
+    if count < 0:
+        return SampledToken(token_id, None, ())
+    # Row by row: what one needs in between stays in the cache.
+    logprobs = torch.log_softmax(logits[row.logits_row].float(), 0)
+    top = logprobs.topk(min(count, len(logprobs)))
+    return SampledToken(
+        token_id,
+        float(logprobs[token_id]),
+        tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True)),
+    )
