@@ -140,12 +140,13 @@ class Running:
                 batch.pending.append((sequence.row, *sequence.pending_source))
             sequence.num_in_flight_tokens += found.num_tokens
             if sequence.next_position == sequence.num_tokens:
-                self._draw(sequence, batch)
+                self._add_output(sequence, sequence, sequence.incarnation, batch)
+                if not sequence.has_forked:
+                    self._fork_siblings(sequence, batch)
         return batch
 
-    def _draw(self, sequence: Sequence, batch: StepBatch) -> None:
-        """Sample behind the last token of `sequence`; where its prompt ends, for the siblings too, which begin so."""
-        self._add_output(sequence, sequence, sequence.incarnation, batch)
+    def _fork_siblings(self, sequence: Sequence, batch: StepBatch) -> None:
+        """Where the prompt ends it is sampled for the siblings too, which begin so."""
         for sample_index in sequence.missing_samples:
             child = sequence.fork(sample_index)
             fork = Fork(
@@ -199,17 +200,14 @@ class Running:
 
     def _commit(self, sequence: Sequence) -> None:
         """Note progress, on top of what an earlier step made that memory has not heard of."""
-        size = self._block_size
-        begin = sequence.num_committed_tokens // size * size
-        end = sequence.num_computed_tokens // size * size
-        sequence.num_committed_tokens = sequence.num_computed_tokens
-        earlier = self._commits.get(sequence.row)
-        token_ids = sequence.token_ids[begin:end].tobytes()
-        self._commits[sequence.row] = Commit(
-            sequence.row,
-            sequence.num_computed_tokens,
-            earlier.token_ids + token_ids if earlier else token_ids,
-        )
+        row, size, num_computed = sequence.row, self._block_size, sequence.num_computed_tokens
+        first, end = sequence.num_committed_tokens // size, num_computed // size
+        sequence.num_committed_tokens = num_computed
+        earlier = self._commits.get(row)
+        token_ids = earlier.token_ids if earlier else b""
+        if end > first:
+            token_ids += sequence.token_ids[first * size : end * size].tobytes()
+        self._commits[row] = Commit(row, num_computed, token_ids)
 
     # Losses
 

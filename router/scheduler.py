@@ -180,10 +180,13 @@ class Scheduler:
     def admit(self, plan: StepPlan, answer: MemoryAnswer) -> StepBatch | None:
         """The batch that compute can run with what memory gave; None when nobody can run."""
         self.num_available_blocks = answer.num_available_blocks
-        self._end_larger_than_quota(plan, answer)
+        self.victims = []
+        if answer.refusals:
+            self._end_larger_than_quota(plan, answer)
         self._running.take_tables(plan, answer)
         work = plan.extends + list(self._take_admissions(plan, answer))
-        self._preempt_for(plan, answer)
+        if answer.refusals:
+            self._preempt_for(plan, answer)
         work = [found for found in work if self._may_run(found, answer)]
         if not work:
             return None

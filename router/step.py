@@ -1,13 +1,14 @@
 """The nouns of one step: what is planned, what memory answers, what compute runs and returns.
 
-They mirror the messages of the two streams; `router.clients` converts.
+They mirror the messages of the two streams; `router.clients` converts. Those that every row has in every step are named
+tuples, which are made in a third of the time of a frozen dataclass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from router.request import Sequence
@@ -42,8 +43,7 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]  # most likely tokens with theirs, most likely first
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(NamedTuple):
     """Acknowledged progress of a row."""
 
     row: int
@@ -51,8 +51,7 @@ class Commit:
     token_ids: bytes  # of the blocks that became full: little-endian int32
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(NamedTuple):
     """A row that is given up."""
 
     row: int
@@ -72,8 +71,7 @@ class Fork:
     source_output: int
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(NamedTuple):
     """Tokens `[start, start + num_tokens)` of a sequence, to be run in one step."""
 
     sequence: Sequence
@@ -130,8 +128,7 @@ class MemoryAnswer:
     num_available_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """The last position of `source` in a step is sampled; `sequence`, itself or a sibling, gets the token."""
 
     source: Sequence
