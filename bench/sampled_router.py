@@ -1,4 +1,4 @@
-"""The router's process, looked at every millisecond of processor time.
+"""The router's process, looked at every few milliseconds of its processor time.
 
     python -m bench.sampled_router REPORT [flags of the router]
 
@@ -20,7 +20,7 @@ from router.__main__ import main
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-INTERVAL_S = 0.001
+INTERVAL_S = 0.001  # a kernel whose timer ticks less often rounds it up
 _ROOT = Path(__file__).parents[1]
 
 
