@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from simulated_node import SimulatedMemory, SimulatedNode, work_of
 from simulated_requests import CollectingSink, expected_tokens, make_request, sink_of
@@ -292,7 +290,7 @@ def test_the_order_of_results_is_the_order_of_steps() -> None:
     begun(node)
     (batch, result) = node.in_flight[1]
     assert isinstance(result, StepResult)
-    output = dataclasses.replace(batch.outputs[0])
+    (output,) = batch.outputs
     assert not node.scheduler._is_next(output)
     node.end()
     assert node.scheduler._is_next(output)
