@@ -128,11 +128,14 @@ def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 def _can_rotate(q: Tensor, k: Tensor, cos: Tensor) -> bool:
+    if not q.dtype is k.dtype is cos.dtype is torch.bfloat16:
+        return False
+    # Each look at a shape builds a tuple: this runs in every layer of every step.
+    of_q, of_k, of_cos = q.shape, k.shape, cos.shape
     return (
-        q.dtype is k.dtype is cos.dtype is torch.bfloat16
-        and q.dim() == k.dim() == cos.dim() + 1
-        and len(q) == len(k) == len(cos) == 1
-        and q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        len(of_q) == len(of_k) == len(of_cos) + 1
+        and of_q[0] == of_k[0] == of_cos[0] == 1
+        and of_q[-1] == of_k[-1] == of_cos[-1]
     )
 
 
