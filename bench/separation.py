@@ -41,7 +41,7 @@ LIBRARIES = ("grpcio", "numpy", "protobuf", "torch", "transformers")
 SIDES = ("one_process", "three_processes")
 NUM_ROUNDS, NUM_SECONDS = 9, 2.0
 CPU_STEPS = 60
-console = Console(width=130)
+console = Console(width=160)
 
 
 @dataclass(slots=True)

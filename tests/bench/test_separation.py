@@ -15,7 +15,7 @@ def test_the_benchmark_runs() -> None:
         [sys.executable, "-m", "bench.separation", "--quick"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
         cwd=ROOT,
     )
