@@ -1,4 +1,4 @@
-"""The operations on the CPU: decodes in numba, all else in the reference."""
+"""The operations on the CPU: attention in numba, all else in the reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import numba_cpu, reference
+from kernels import numba_attention, reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ class CpuOperations:
     """Runs on as many threads as torch does."""
 
     def __init__(self) -> None:
-        numba_cpu.set_num_threads(torch.get_num_threads())
+        self._num_threads = numba_attention.set_num_threads(torch.get_num_threads())
 
     def store_kv(
         self,
@@ -49,14 +49,8 @@ class CpuOperations:
         params: AttentionParams,
     ) -> Tensor:
         """See `kernels.reference.paged_attention`."""
-        num_decodes = batch.num_decodes if numba_cpu.is_supported(key_cache.dtype) else 0
-        outputs = []
-        if num_decodes:
-            decodes = query[:num_decodes]
-            outputs.append(numba_cpu.paged_decode(decodes, key_cache, value_cache, batch, params))
-        if num_decodes < len(batch.context_lens):
-            rest = reference.paged_attention(
-                query, key_cache, value_cache, batch, params, first_sequence=num_decodes
-            )
-            outputs.append(rest)
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        if not numba_attention.is_supported(key_cache, value_cache):
+            return reference.paged_attention(query, key_cache, value_cache, batch, params)
+        return numba_attention.paged_attention(
+            query, key_cache, value_cache, batch, params, self._num_threads
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from kernels import reference
 from kernels.checks import check_attention, check_copies, check_store
 from kernels.cpu import CpuOperations
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.batch import AttentionParams, KvScales, PagedBatch
+
+
+AttentionKernel: TypeAlias = Literal["compiled", "reference"]
 
 
 class Operations(Protocol):
@@ -50,25 +54,33 @@ class Operations(Protocol):
 class Kernels:
     """The operations, checked: each raises ValueError, in one sentence, for what it cannot do."""
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(
+        self, operations: Operations, attention_kernel: AttentionKernel = "compiled"
+    ) -> None:
         self._operations = operations
+        is_compiled = attention_kernel == "compiled"
+        self._attend = operations.paged_attention if is_compiled else reference.paged_attention
 
     @classmethod
-    def for_device(cls, device: torch.device) -> Kernels:
+    def for_device(
+        cls, device: torch.device, attention_kernel: AttentionKernel = "compiled"
+    ) -> Kernels:
         """The implementations for `device`: numba and the reference on the CPU, Triton on a GPU.
+
+        Attention alone can be left to the reference, to tell a kernel's mistake from a model's.
 
         Raises:
             ValueError: when there are none for it.
         """
         if device.type == "cpu":
-            return cls(CpuOperations())
+            return cls(CpuOperations(), attention_kernel)
         if device.type != "cuda" or find_spec("triton") is None:
             message = f"device {device} has no kernels: a GPU needs Triton, all else runs on cpu"
             raise ValueError(message)
         # Imported here: a machine without a GPU needs no Triton.
         from kernels.triton_gpu import GpuTraits, TritonOperations  # noqa: PLC0415
 
-        return cls(TritonOperations(GpuTraits.of(device), device))
+        return cls(TritonOperations(GpuTraits.of(device), device), attention_kernel)
 
     def store_kv(
         self,
@@ -100,4 +112,4 @@ class Kernels:
     ) -> Tensor:
         """See `kernels.reference.paged_attention`."""
         check_attention(query, key_cache, value_cache, batch, params)
-        return self._operations.paged_attention(query, key_cache, value_cache, batch, params)
+        return self._attend(query, key_cache, value_cache, batch, params)

@@ -1,4 +1,4 @@
-"""The specification of each operation, in plain torch; on the CPU also what runs prefill chunks.
+"""The specification of each operation, in plain torch; on the CPU also what runs float16 and fp8.
 
 Caches of a layer are `[num_blocks, block_size, num_kv_heads, head_dim]`; K and V may differ in head_dim.
 """
@@ -69,8 +69,6 @@ def paged_attention(
     value_cache: Tensor,
     batch: PagedBatch,
     params: AttentionParams,
-    *,
-    first_sequence: int = 0,
 ) -> Tensor:
     """Causal attention of packed queries over the blocks of their sequences.
 
@@ -86,10 +84,9 @@ def paged_attention(
         value_cache: the same with v_head_dim.
         batch: which tokens are whose.
         params: scale, window, cap, sinks, fp8 scales.
-        first_sequence: sequences before it are left out.
 
     Returns:
-        `[tokens of the sequences taken, num_heads, v_head_dim]` in the dtype of `query`.
+        `[T, num_heads, v_head_dim]` in the dtype of `query`.
     """
     starts, lengths = batch.query_start.tolist(), batch.context_lens.tolist()
     key_scale, value_scale = _each(params.kv_scales)
@@ -100,7 +97,7 @@ def paged_attention(
             _gather(value_cache, batch.block_tables[index], lengths[index], value_scale),
             params,
         )
-        for index in range(first_sequence, len(lengths))
+        for index in range(len(lengths))
     ]
     return torch.cat(outputs)
 

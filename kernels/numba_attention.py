@@ -1,0 +1,204 @@
+"""Paged attention for the CPU, compiled by numba: one call runs a step's decodes and its chunks of prompts.
+
+The work is cut into tasks that depend on their own sequence alone, so that a result does not depend on who else runs: for
+decodes a part of the context and a kv head, for chunks a few panels of rows and a kv head. Workers, one a thread, take
+the next task until there is none. Who ends the last part of a decode joins all of them, in their order, by log-sum-exp.
+`kernels.reference.paged_attention` says what is computed.
+
+Addresses are all that jitted code works with: on slices of arrays numba takes four times as long to compile the same.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numba
+import numpy as np
+import torch
+from numba import cfunc, njit, prange
+
+from kernels.numba_decode import decode_part, decode_size, join_parts, num_parts, state_size
+from kernels.numba_ir import CHUNK
+from kernels.numba_layout import LOG2_E, jitted, read_job
+from kernels.numba_prefill import lay_out, panels_together, prefill_tile
+from kernels.numba_products import PART, ROWS
+from kernels.numba_rows import call, int32_at, put_float, take
+
+if TYPE_CHECKING:
+    from kernels.batch import AttentionParams, PagedBatch
+
+# torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
+numba.config.THREADING_LAYER = "omp"
+
+
+@jitted
+def _num_pieces(layout, sequence, panels):
+    """Parts of a decode's context, or tiles of a chunk's queries."""
+    if sequence < layout.num_decodes:
+        return num_parts(layout, int32_at(layout.lengths, sequence))
+    tokens = int32_at(layout.starts, sequence + 1) - int32_at(layout.starts, sequence)
+    return -(-tokens * (layout.num_heads // layout.num_kv_heads) // (panels * ROWS))
+
+
+@jitted
+def _run_chunk(element, layout, sequence, kv_head, tile, panels, slots, scratch):
+    token, end = int32_at(layout.starts, sequence), int32_at(layout.starts, sequence + 1)
+    table = layout.tables + 4 * sequence * layout.table_width
+    num_rows = (end - token) * (layout.num_heads // layout.num_kv_heads)
+    first_row = tile * panels * ROWS
+    rows = (first_row, min(num_rows, first_row + panels * ROWS), num_rows)
+    position = int32_at(layout.lengths, sequence) - (end - token)
+    prefill_tile(
+        element,
+        layout,
+        token,
+        table,
+        position,
+        kv_head,
+        rows,
+        slots,
+        lay_out(layout, panels, scratch),
+    )
+
+
+@jitted
+def _run_decode(element, layout, sequence, kv_head, part, slots, scratch, states, ended):
+    """`states` are those of the sequence, `[kv head, part]`; `ended` counts, for each kv head, parts that are there."""
+    length = int32_at(layout.lengths, sequence)
+    table = layout.tables + 4 * sequence * layout.table_width
+    parts, size = num_parts(layout, length), 4 * state_size(layout)
+    own = states + kv_head * parts * size
+    token = int32_at(layout.starts, sequence)
+    decode_part(
+        element, layout, token, table, length, kv_head, part, slots, scratch, own + part * size
+    )
+    if take(ended + 8 * kv_head) == parts - 1:
+        join_parts(element, layout, token, kv_head, own, parts)
+
+
+@jitted
+def _work(element, job):
+    """Run tasks until there is none left: chunks, which are long, before decodes."""
+    layout, counters, states = read_job(job)
+    heads, most_parts = layout.num_kv_heads, num_parts(layout, layout.window)
+    group = layout.num_heads // heads
+    num_tokens = int32_at(layout.starts, layout.num_sequences)
+    panels = panels_together(layout, group * (num_tokens - layout.num_decodes))
+    size = decode_size(layout)
+    if layout.num_decodes < layout.num_sequences:
+        size = max(size, lay_out(layout, panels, 0).end // 4)
+    slot_array, scratch_array = np.empty(PART, np.int64), np.empty(size, np.float32)
+    slots, scratch = slot_array.ctypes.data, scratch_array.ctypes.data
+    index, first, task = 0, 0, take(counters)
+    while index < layout.num_sequences:
+        sequence = (layout.num_decodes + index) % layout.num_sequences
+        pieces = _num_pieces(layout, sequence, panels)
+        if task >= first + pieces * heads:
+            first += pieces * heads
+            index += 1
+            continue
+        kv_head, piece = (task - first) % heads, (task - first) // heads
+        if sequence >= layout.num_decodes:
+            # The last tile sees most keys.
+            tile = pieces - 1 - piece
+            _run_chunk(element, layout, sequence, kv_head, tile, panels, slots, scratch)
+        else:
+            own = states + 4 * sequence * heads * most_parts * state_size(layout)
+            ended = counters + 8 * (1 + sequence * heads)
+            _run_decode(element, layout, sequence, kv_head, piece, slots, scratch, own, ended)
+        task = take(counters)
+    # An address does not keep its array.
+    put_float(scratch_array.ctypes.data, 0, np.float32(slot_array[0]))
+
+
+@cache
+def _worker(dtype: torch.dtype) -> int:
+    """The address of the machine code for a dtype: a function of a job's address."""
+    element = np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
+
+    def work(job):
+        _work(element, job)
+
+    worker = cfunc("void(int64)", cache=True, error_model="numpy")(work)
+    address: int = worker.address
+    return address
+
+
+@njit(parallel=True, cache=True)
+def _launch(function, argument, num_threads):
+    """Call a function on each thread.
+
+    Through its address: else its code would be optimised once more with that of each caller.
+    """
+    for _thread in prange(num_threads):
+        call(function, argument)
+
+
+def is_supported(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
+    """Whether the kernels read such caches: float16, fp8 and bfloat16 of odd head sizes run through the reference."""
+    is_even = key_cache.shape[3] % 2 == value_cache.shape[3] % 2 == 0
+    return key_cache.dtype == torch.float32 or (key_cache.dtype == torch.bfloat16 and is_even)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    batch: PagedBatch,
+    params: AttentionParams,
+    num_threads: int,
+) -> torch.Tensor:
+    """See `kernels.reference.paged_attention`; the dtype is a supported one, and caches are contiguous."""
+    num_tokens, num_heads, k_dim = query.shape
+    _, block_size, num_kv_heads, v_dim = value_cache.shape
+    assert key_cache.is_contiguous()
+    assert value_cache.is_contiguous()
+    query = query if query.stride(2) == 1 else query.contiguous()
+    sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
+    tables = batch.block_tables.contiguous()
+    out = query.new_empty(num_tokens, num_heads, v_dim)
+    window = params.sliding_window or batch.max_context_len
+    heads = batch.num_decodes * num_kv_heads
+    v_pad = -(-v_dim // CHUNK) * CHUNK
+    states = np.empty(-(-window // PART) * batch.num_decodes * num_heads * (v_pad + 2), np.float32)
+    counters = np.zeros(1 + heads, np.int64)
+    scores = np.array([params.scale, params.soft_cap], np.float32) * LOG2_E
+    job = np.array(
+        [
+            query.data_ptr(),
+            query.stride(0),
+            query.stride(1),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            out.data_ptr(),
+            0 if sinks is None else sinks.data_ptr(),
+            tables.data_ptr(),
+            tables.shape[1],
+            batch.query_start.data_ptr(),
+            batch.context_lens.data_ptr(),
+            len(batch.context_lens),
+            batch.num_decodes,
+            num_heads,
+            num_kv_heads,
+            k_dim,
+            v_dim,
+            block_size,
+            query.itemsize,
+            window,
+            num_threads,
+            scores.ctypes.data,
+            counters.ctypes.data,
+            states.ctypes.data,
+        ],
+        np.int64,
+    )
+    _launch(_worker(query.dtype), job.ctypes.data, num_threads)
+    return out
+
+
+def set_num_threads(num_threads: int) -> int:
+    """Use as many threads as torch does; gives how many there are."""
+    count: int = min(num_threads, numba.config.NUMBA_NUM_THREADS)
+    numba.set_num_threads(count)
+    return count
