@@ -23,6 +23,7 @@ import torch
 from compute_service.clients import AttachedPool, PoolClient, PoolIdentity
 from compute_service.device import ComputeDevice, open_device
 from compute_service.engine import Engine
+from compute_service.fast_paths import FastPaths
 from compute_service.forward import ForwardPass
 from compute_service.kv_pool import KvPool, open_pool
 from compute_service.memory_watch import MemoryWatch
@@ -130,6 +131,7 @@ def _load(settings: ComputeSettings, device: ComputeDevice, tally: EngineTally) 
         max_model_len=settings.max_model_len,
         trust_remote_code=settings.trust_remote_code,
         device=device,
+        fast_paths=FastPaths(packed_weights=settings.packed_weights),
     )
     tally.model_loaded(loaded, time.monotonic() - started)
     _logger.info("model_loaded", seconds=round(time.monotonic() - started, 1))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from compute_service.device import ComputeDevice
+    from compute_service.fast_paths import FastPaths
     from quire.pool_layout import LayerGeometry
 
 _NUM_PROBE_TOKENS = 11
@@ -25,13 +26,16 @@ _NUM_PROBE_TOKENS = 11
 _CUTS = ((0, 6), (6, 10), (10, 11))
 
 
-def prove(model: nn.Module, device: ComputeDevice, max_model_len: int) -> tuple[LayerGeometry, ...]:
-    """Geometry of each KV layer; leaves the model with our attention in place.
+def prove(
+    model: nn.Module, device: ComputeDevice, max_model_len: int, fast_paths: FastPaths
+) -> tuple[LayerGeometry, ...]:
+    """Geometry of each KV layer; leaves the model with our attention and the fast paths in place.
 
     Args:
         model: loaded, with its own eager attention.
         device: where it is, and whose kernels compute.
         max_model_len: longest sequence that will be served, in tokens.
+        fast_paths: what is replaced once the model's own logits are known, so that the probe proves it too.
 
     Raises:
         ModelRefused: when anything differs.
@@ -46,6 +50,7 @@ def prove(model: nn.Module, device: ComputeDevice, max_model_len: int) -> tuple[
     with refusing("it does not run with another attention"):
         recorder = record(model, token_ids)
     layers = check_calls(model, recorder)
+    fast_paths.apply(model)
     with refusing("it does not run through block tables"):
         probe = PagedProbe(model, device.kernels, layers, token_ids)
         probe.check_logits(expected, _CUTS)

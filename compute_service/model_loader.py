@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compute_service import attention
+from compute_service.fast_paths import EVERY_FAST_PATH, FastPaths
 from compute_service.fingerprint import fingerprint
 from compute_service.load_time_proof import prove
 from compute_service.refusal import ModelRefused, refusing
@@ -49,6 +50,7 @@ def load_model(
     max_model_len: int | None,
     trust_remote_code: bool,
     device: ComputeDevice,
+    fast_paths: FastPaths = EVERY_FAST_PATH,
 ) -> LoadedModel:
     """Load and prove a model.
 
@@ -66,7 +68,7 @@ def load_model(
     model = _load_weights(folder, dtype, device.torch_device, trust_remote_code=trust_remote_code)
     _check_class(model)
     fix_longrope(model, served_len)
-    layers = prove(model, device, served_len)
+    layers = prove(model, device, served_len, fast_paths)
     return LoadedModel(
         folder=folder,
         model=model,

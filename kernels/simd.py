@@ -41,7 +41,7 @@ class Tile(types.Type):
 
 
 @register_model(Tile)
-class _TileModel(models.PrimitiveModel):
+class _TileModel(models.PrimitiveModel):  # type: ignore[misc]  # numba brings no types
     def __init__(self, manager, kind) -> None:
         super().__init__(manager, kind, ir.ArrayType(_VECTOR, kind.count))
 

@@ -122,6 +122,10 @@ class _ModelSettings(BaseSettings, defer_build=True):
         "cpu", description="where the model runs; cuda: the first visible NVIDIA or AMD GPU"
     )
     num_threads: PositiveInt | None = Field(None, description="CPU threads; unset: all cores")
+    packed_weights: bool = Field(
+        True,
+        description="on the CPU, lay bfloat16 weights out for its products at load; off: torch's own products",
+    )
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the checkpoint"
     )

@@ -1,0 +1,28 @@
+"""What of a loaded model is replaced by something faster that computes the same, each with a switch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from compute_service import packed_linear
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class FastPaths:
+    """Which replacements are made."""
+
+    packed_weights: bool = (
+        True  # bfloat16 products on the CPU, from weights in a layout made for it
+    )
+
+    def apply(self, model: nn.Module) -> None:
+        """Make them, in place; the load-time proof compares what comes of it with the model's own logits."""
+        if self.packed_weights:
+            packed_linear.pack_linears(model, packed_linear.choose())
+
+
+EVERY_FAST_PATH: Final = FastPaths()
