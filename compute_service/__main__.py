@@ -108,7 +108,7 @@ def _make_engine(
     settings: ComputeSettings, servicer: ComputeServicer, tally: EngineTally
 ) -> tuple[Engine, KvPool, Callable[[], None]]:
     """The engine, its pool, and what goes on with the pool after a restart of the memory service."""
-    device = open_device(settings.device)
+    device = open_device(settings.device, settings.attention_kernel)
     loaded = _load(settings, device, tally)
     client = _pool_client(settings, loaded, device)
     attached = _attach(client)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.launcher import Kernels
+from kernels.launcher import AttentionKernel, Kernels
 from quire.serving import StartupError
 
 
@@ -19,13 +19,13 @@ class ComputeDevice:
     holds_pool: bool  # in the device's memory, not in that of the memory service
 
 
-def open_device(name: str) -> ComputeDevice:
-    """The device "cpu" or "cuda"; raises StartupError when it cannot be used."""
+def open_device(name: str, attention_kernel: AttentionKernel = "compiled") -> ComputeDevice:
+    """The device "cpu" or "cuda", and what runs attention on it; raises StartupError when it cannot be used."""
     if name == "cuda" and not torch.cuda.is_available():
         raise StartupError(f"--device cuda: {_why_no_gpu()}; --device cpu needs no GPU")
     device = torch.device(name)
     try:
-        kernels = Kernels.for_device(device)
+        kernels = Kernels.for_device(device, attention_kernel)
     except ValueError as error:
         raise StartupError(f"--device {name}: {error}") from error
     return ComputeDevice(device, kernels, holds_pool=device.type != "cpu")

@@ -126,6 +126,10 @@ class _ModelSettings(BaseSettings, defer_build=True):
         True,
         description="on the CPU, lay bfloat16 weights out for its products at load; off: torch's own products",
     )
+    attention_kernel: Literal["compiled", "reference"] = Field(
+        "compiled",
+        description="what computes attention; reference: plain torch, slow, to tell a kernel's mistake from a model's",
+    )
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the checkpoint"
     )
