@@ -128,15 +128,18 @@ def _least_reaching(weights, floor, wanted, by_mass):
 
 
 @njit(cache=True)
-def _least(weights, top_k, top_p, min_p):
-    """The least weight that stays."""
+def _keep(weights, top_k, top_p, min_p):
+    """Make weights 0 that one of the thresholds leaves out."""
     least = 0.0
-    if 0 < top_k < len(weights):
-        least = _least_reaching(weights, least, float(top_k), False)
-    if top_p < 1:
-        wanted = top_p * _reach(weights, least, True)
-        least = _least_reaching(weights, least, wanted, True)
-    return max(least, min_p)
+    # One call in a loop: at each place where it stands the compiler takes all of it apart anew.
+    for by_mass in (False, True):
+        if top_p < 1 if by_mass else 0 < top_k < len(weights):
+            wanted = top_p * _reach(weights, least, True) if by_mass else top_k
+            least = _least_reaching(weights, least, wanted, by_mass)
+    least = max(least, min_p)
+    if least > 0:
+        for i in range(len(weights)):
+            weights[i] = weights[i] if weights[i] >= least else 0.0
 
 
 @njit(cache=True)
@@ -170,28 +173,18 @@ def _highest_logit(row):
 
 
 @njit(cache=True)
-def _keep(weights, top_k, top_p, min_p):
-    """Make the others 0."""
-    least = _least(weights, top_k, top_p, min_p)
-    if least > 0:
-        for i in range(len(weights)):
-            weights[i] = weights[i] if weights[i] >= least else 0.0
-
-
-@njit(cache=True)
-def _draw_of(row, temperature, top_k, top_p, min_p, noise):
+def _draw_of(row, settings):
+    temperature, top_k, top_p = settings[0], settings[1], settings[2]
     weights = np.empty(len(row))
     _weigh(row, _highest_logit(row), temperature, weights)
-    _keep(weights, top_k, top_p, min_p)
-    return _pick(weights, noise)
+    _keep(weights, top_k, top_p, settings[3])
+    return _pick(weights, settings[4])
 
 
 @njit(parallel=True, cache=True)
-def _draw(logits, temperatures, top_ks, top_ps, min_ps, noise, token_ids):
-    for d in prange(len(logits)):
-        token_ids[d] = _draw_of(
-            logits[d], temperatures[d], top_ks[d], top_ps[d], min_ps[d], noise[d]
-        )
+def _draw(logits, settings, token_ids):
+    for row in prange(len(logits)):
+        token_ids[row] = _draw_of(logits[row], settings[row])
 
 
 def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,8 +202,7 @@ def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
 def draw(logits: Tensor, draws: Draws) -> Tensor:
     """See `kernels.sampling.draw`."""
     token_ids = np.empty(len(logits), dtype=np.int64)
-    _draw(
-        logits.contiguous().numpy(),
-        *(draws.temperatures, draws.top_ks, draws.top_ps, draws.min_ps, draws.noise, token_ids),
-    )
+    settings = (draws.temperatures, draws.top_ks, draws.top_ps, draws.min_ps, draws.noise)
+    # One array of float64: the compiler takes a second for each further one.
+    _draw(logits.contiguous().numpy(), np.stack(settings, axis=1, dtype=np.float64), token_ids)
     return torch.from_numpy(token_ids)

@@ -33,7 +33,7 @@ numba.config.THREADING_LAYER = "omp"
 
 # Elements from which a second thread gains more than it takes to wake it.
 _MANY_TO_NORM = 50_000
-_MANY_TO_GATE = 16_000
+_MANY_TO_GATE = 32_000
 _MANY_TO_ROTATE = 40_000
 
 _AFTER_ROUNDING, _ONE_PLUS = int(NormStyle.AFTER_ROUNDING), int(NormStyle.ONE_PLUS)
