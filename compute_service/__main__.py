@@ -108,6 +108,9 @@ def _make_engine(
     settings: ComputeSettings, servicer: ComputeServicer, tally: EngineTally
 ) -> tuple[Engine, KvPool, Callable[[], None]]:
     """The engine, its pool, and what goes on with the pool after a restart of the memory service."""
+    if settings.num_threads is not None:
+        # Before the kernels are there, which take as many.
+        torch.set_num_threads(settings.num_threads)
     device = open_device(settings.device, settings.attention_kernel)
     loaded = _load(settings, device, tally)
     client = _pool_client(settings, loaded, device)
@@ -123,8 +126,6 @@ def _make_engine(
 
 def _load(settings: ComputeSettings, device: ComputeDevice, tally: EngineTally) -> LoadedModel:
     started = time.monotonic()
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
     loaded = load_model(
         str(demo_model.path()) if settings.model == _DEMO else settings.model,
         dtype=settings.dtype,
