@@ -132,7 +132,7 @@ def _load(settings: ComputeSettings, device: ComputeDevice, tally: EngineTally) 
         max_model_len=settings.max_model_len,
         trust_remote_code=settings.trust_remote_code,
         device=device,
-        fast_paths=FastPaths(packed_weights=settings.packed_weights),
+        fast_paths=FastPaths(packed_weights=settings.packed_weights, fused_ops=settings.fused_ops),
     )
     tally.model_loaded(loaded, time.monotonic() - started)
     _logger.info("model_loaded", seconds=round(time.monotonic() - started, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from compute_service import packed_linear
+from compute_service import fused_ops, packed_linear
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,8 +19,13 @@ class FastPaths:
         True  # bfloat16 products on the CPU, from weights in a layout made for it
     )
 
+    fused_ops: bool = True  # norms, gates and rotary positions in one pass each, likewise
+
     def apply(self, model: nn.Module) -> None:
         """Make them, in place; the load-time proof compares what comes of it with the model's own logits."""
+        # Fused first: an operation is recognised among torch's own modules.
+        if self.fused_ops:
+            fused_ops.fuse(model)
         if self.packed_weights:
             packed_linear.pack_linears(model, packed_linear.choose())
 

@@ -130,6 +130,10 @@ class _ModelSettings(BaseSettings, defer_build=True):
         "compiled",
         description="what computes attention; reference: plain torch, slow, to tell a kernel's mistake from a model's",
     )
+    fused_ops: bool = Field(
+        True,
+        description="on the CPU, compute bfloat16 norms, gates and rotary positions in one pass each; off: as torch does",
+    )
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the checkpoint"
     )

@@ -7,15 +7,19 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from structlog.testing import capture_logs
-from tiny_checkpoints import COMMON, SERVED, VOCAB_SIZE
+from tiny_checkpoints import COMMON, SERVED, VOCAB_SIZE, make_checkpoint
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
+from compute_service.device import open_device
+from compute_service.fast_paths import FastPaths
 from compute_service.fused_ops import fuse
+from compute_service.model_loader import load_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -162,3 +166,18 @@ def test_models_in_float32_stay_as_they_are() -> None:
     model = make_model("llama").float()
     fuse(model)
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("fused_ops", [True, False])
+def test_a_switch_decides(fused_ops: bool, tmp_path: Path) -> None:
+    """Loading proves the model either way; without the switch each forward is the model's own."""
+    loaded = load_model(
+        str(make_checkpoint(tmp_path / "model", "llama")),
+        dtype="bfloat16",
+        max_model_len=None,
+        trust_remote_code=False,
+        device=open_device("cpu"),
+        fast_paths=FastPaths(fused_ops=fused_ops),
+    )
+    replaced = [module for module in loaded.model.modules() if "forward" in vars(module)]
+    assert len(replaced) == (4 * NUM_LAYERS + 1 if fused_ops else 0)
