@@ -96,6 +96,8 @@ def choices(settings: type[CommonSettings], field: str) -> list[Any]:
 def test_the_schema_allows_what_the_services_allow() -> None:
     """Choices are the same words on both sides."""
     assert SCHEMA["model"]["properties"]["dtype"]["enum"] == choices(ComputeSettings, "dtype")
+    attention = SCHEMA["compute"]["properties"]["attentionKernel"]["enum"]
+    assert attention == choices(ComputeSettings, "attention_kernel")
     logs = SCHEMA["logs"]["properties"]
     assert logs["level"]["enum"] == choices(RouterSettings, "log_level")
     assert sorted(logs["format"]["enum"]) == choices(RouterSettings, "log_format")
@@ -123,7 +125,13 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
             "streamIntervalMs": 12.5,
         },
         "memory": {"leaseTtlSeconds": 2.5, "maxNumRows": 16},
-        "compute": {"cpu": 3, "memoryPatienceSeconds": 7.5},
+        "compute": {
+            "cpu": 3,
+            "memoryPatienceSeconds": 7.5,
+            "packedWeights": False,
+            "fusedOps": False,
+            "attentionKernel": "reference",
+        },
         "drain": {"preStopSeconds": 7, "graceSeconds": 11},
         "logs": {"level": "warning", "format": "console"},
         "metrics": {"enabled": False, "compat": "vllm"},
@@ -144,6 +152,8 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (compute.dtype, compute.max_model_len, compute.block_size) == ("float32", 512, 32)
     assert (compute.num_threads, compute.metrics_listen) == (3, "off")
     assert compute.memory_patience_s == 7.5
+    assert (compute.packed_weights, compute.fused_ops) == (False, False)
+    assert compute.attention_kernel == "reference"
     assert (router.max_num_seqs, router.max_num_batched_tokens) == (8, 256)
     assert (router.watermark, router.queue_limit) == (0.25, 9)
     assert (router.stream_interval_ms, router.steps_in_flight) == (12.5, 1)

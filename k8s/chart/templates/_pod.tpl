@@ -161,6 +161,9 @@ limits:
 {{- end }}
 - --num-threads={{ int64 .Values.compute.cpu }}
 - --memory-patience-s={{ .Values.compute.memoryPatienceSeconds }}
+- --{{ if not .Values.compute.packedWeights }}no-{{ end }}packed-weights
+- --{{ if not .Values.compute.fusedOps }}no-{{ end }}fused-ops
+- --attention-kernel={{ .Values.compute.attentionKernel }}
 {{- end }}
 
 {{- define "quire.schedulingFlags" -}}
