@@ -1,10 +1,9 @@
 """Products with bfloat16 weights for CPUs without instructions for them: float32 sums, compiled by numba.
 
 Weights are packed once into panels of `PANEL` outputs, two registers of sums, so that a product reads them in one stream.
-A task has some panels; a part of K at a time it takes all rows of x through each of them, six together, so that what is
-widened serves six and the part of the panel stays in the first cache, x in the second: the product of a block and a panel
-of Goto and van de Geijn (2008, Anatomy of High-Performance Matrix Multiplication). `kernels.reference.linear` says what
-is computed.
+All rows of x go through a part of a panel, six together, before the next part does: what is widened serves six, and the
+part stays in the first cache, x in the second; the loops of Goto and van de Geijn (2008, Anatomy of High-Performance
+Matrix Multiplication), with a panel as a task. `kernels.reference.linear` says what is computed.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from kernels.simd import LANES, add_outer_product, add_tile_to, store_bf16_sum, zero_tile
+from kernels.simd import LANES, add_outer_product, add_tile_to, prefetch, store_bf16_sum, zero_tile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,10 +29,12 @@ numba.config.THREADING_LAYER = "omp"
 PANEL: Final = 2 * LANES
 """Outputs of a panel."""
 
-_PANELS_OF_TASK = 4
-_DEPTH = 1024  # of a part of K: 32 KiB of a panel
-_ROWS = 96  # of x that go through the panels of a task together
+_DEPTH = (
+    512  # of a part of K: half of the first cache, of which six rows of x take the most of the rest
+)
+_ROWS = 48  # of x that go through a panel together
 _F32, _BF16 = 4, 2  # bytes
+_STRIDE_F32, _STRIDE_BF16 = PANEL * _F32, PANEL * _BF16  # bytes from one row of a panel to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +97,14 @@ def _panel_product(num_rows: int) -> Callable[..., None]:
     num_vectors = 2 * num_rows
 
     @njit(error_model="numpy")
-    def add_product(x_at, x_stride, panel_at, depth, sums_at, sums_stride):
+    def add_product(x_at, x_stride, part_at, depth, sums_at):
         tile = zero_tile(num_vectors)
         for k in range(depth):
-            tile = add_outer_product(tile, x_at + k * _F32, x_stride, panel_at + k * PANEL * _BF16)
-        add_tile_to(tile, sums_at, sums_stride)
+            offset = k * _STRIDE_BF16
+            # The next part, while this one is multiplied: between few rows the processor would wait for it.
+            prefetch(part_at + depth * _STRIDE_BF16 + offset)
+            tile = add_outer_product(tile, x_at + k * _F32, x_stride, part_at + offset)
+        add_tile_to(tile, sums_at, _STRIDE_F32)
 
     return add_product  # type: ignore[no-any-return]
 
@@ -110,31 +114,31 @@ _add_six, _add_four, _add_two, _add_one = (_panel_product(rows) for rows in (6, 
 
 
 @njit(error_model="numpy")
-def _add_rows(x_at, num_rows, x_stride, panel_at, depth, sums_at, sums_stride):
+def _add_rows(x_at, num_rows, x_stride, part_at, depth, sums_at):
     row = 0
     while row < num_rows:
-        x_row, sums_row = x_at + row * x_stride, sums_at + row * sums_stride
+        x_row, sums_row = x_at + row * x_stride, sums_at + row * _STRIDE_F32
         rest = num_rows - row
         if rest >= 6:  # noqa: PLR2004 -- the rows that the next line takes
-            _add_six(x_row, x_stride, panel_at, depth, sums_row, sums_stride)
+            _add_six(x_row, x_stride, part_at, depth, sums_row)
             row += 6
         elif rest >= 4:  # noqa: PLR2004 -- as above
-            _add_four(x_row, x_stride, panel_at, depth, sums_row, sums_stride)
+            _add_four(x_row, x_stride, part_at, depth, sums_row)
             row += 4
         elif rest >= 2:  # noqa: PLR2004 -- as above
-            _add_two(x_row, x_stride, panel_at, depth, sums_row, sums_stride)
+            _add_two(x_row, x_stride, part_at, depth, sums_row)
             row += 2
         else:
-            _add_one(x_row, x_stride, panel_at, depth, sums_row, sums_stride)
+            _add_one(x_row, x_stride, part_at, depth, sums_row)
             row += 1
 
 
 @njit(error_model="numpy")
-def _round_rows(sums_at, sums_stride, bias_at, out_at, out_stride, num_rows, num_columns):
+def _round_rows(sums_at, bias_at, out_at, out_stride, num_rows):
     for row in range(num_rows):
-        for column in range(0, num_columns, LANES):
+        for column in range(0, PANEL, LANES):
             store_bf16_sum(
-                sums_at + row * sums_stride + column * _F32,
+                sums_at + row * _STRIDE_F32 + column * _F32,
                 bias_at + column * _F32,
                 out_at + row * out_stride + column * _BF16,
             )
@@ -142,35 +146,21 @@ def _round_rows(sums_at, sums_stride, bias_at, out_at, out_stride, num_rows, num
 
 @njit(parallel=True, error_model="numpy", cache=True)
 def _multiply(x_at, num_rows, depth, panels_at, num_panels, bias_at, out_at):
-    x_stride, out_stride = depth * _F32, num_panels * PANEL * _BF16
-    num_tasks = (num_panels + _PANELS_OF_TASK - 1) // _PANELS_OF_TASK
-    for task in prange(num_tasks):
-        first = task * _PANELS_OF_TASK
-        count = min(_PANELS_OF_TASK, num_panels - first)
-        sums_stride = count * PANEL * _F32
+    x_stride, out_stride = depth * _F32, num_panels * _STRIDE_BF16
+    for panel in prange(num_panels):
+        panel_at = panels_at + panel * depth * _STRIDE_BF16
         for row in range(0, num_rows, _ROWS):
             rows = min(_ROWS, num_rows - row)
-            sums = np.zeros(rows * count * PANEL, np.float32)
+            sums = np.zeros(rows * PANEL, np.float32)
             sums_at = sums.ctypes.data
             for begin in range(0, depth, _DEPTH):
                 part = min(_DEPTH, depth - begin)
-                for panel in range(count):
-                    _add_rows(
-                        x_at + row * x_stride + begin * _F32,
-                        rows,
-                        x_stride,
-                        panels_at + ((first + panel) * depth + begin) * PANEL * _BF16,
-                        part,
-                        sums_at + panel * PANEL * _F32,
-                        sums_stride,
-                    )
-            columns = first * PANEL
+                x_part = x_at + row * x_stride + begin * _F32
+                _add_rows(x_part, rows, x_stride, panel_at + begin * _STRIDE_BF16, part, sums_at)
             _round_rows(
                 sums_at,
-                sums_stride,
-                bias_at + columns * _F32,
-                out_at + row * out_stride + columns * _BF16,
+                bias_at + panel * _STRIDE_F32,
+                out_at + row * out_stride + panel * _STRIDE_BF16,
                 out_stride,
                 rows,
-                count * PANEL,
             )

@@ -84,6 +84,22 @@ def add_outer_product(_typing_context, tile, x_at, x_stride, w_at):
 
 
 @intrinsic
+def prefetch(_typing_context, address):
+    """Ask for the line at an address, which need not exist, to be brought into the second cache."""
+
+    def generate(context, builder, _signature, arguments):
+        pointer = _pointer(builder, arguments[0], ir.IntType(8))
+        # Of the three levels of locality that LLVM knows, beside none, the middle one is the second cache.
+        read, second_cache, data = (ir.Constant(_I32, value) for value in (0, 2, 1))
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, read, second_cache, data])
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
+@intrinsic
 def add_tile_to(_typing_context, tile, sums_at, stride):
     """Add a tile of rows of two vectors to float32 sums; row r lies at `sums_at + r * stride`."""
 
