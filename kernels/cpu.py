@@ -1,4 +1,4 @@
-"""The operations on the CPU: attention in numba, all else in the reference."""
+"""The operations on the CPU: attention and the store in numba, all else in the reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernels import numba_attention, reference
+from kernels import numba_attention, numba_store, reference
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,7 +32,12 @@ class CpuOperations:
         scales: KvScales | None,
     ) -> None:
         """See `kernels.reference.store_kv`."""
-        reference.store_kv(key, value, key_cache, value_cache, slot_mapping, scales)
+        pairs = ((key, key_cache), (value, value_cache))
+        if not all(numba_store.is_supported(new, cache) for new, cache in pairs):
+            reference.store_kv(key, value, key_cache, value_cache, slot_mapping, scales)
+            return
+        for new, cache in pairs:
+            numba_store.store(new, cache, slot_mapping)
 
     def copy_blocks(
         self, caches: Sequence[tuple[Tensor, Tensor]], copies: Sequence[tuple[int, int]]

@@ -26,6 +26,8 @@ from kernels.numba_products import PART, ROWS
 from kernels.numba_rows import call, int32_at, put_float, take
 
 if TYPE_CHECKING:
+    from numba.core.ccallback import CFunc
+
     from kernels.batch import AttentionParams, PagedBatch
 
 # torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
@@ -113,16 +115,14 @@ def _work(element, job):
 
 
 @cache
-def _worker(dtype: torch.dtype) -> int:
-    """The address of the machine code for a dtype: a function of a job's address."""
+def _worker(dtype: torch.dtype) -> CFunc:
+    """The machine code for a dtype: a function of a job's address."""
     element = np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
 
     def work(job):
         _work(element, job)
 
-    worker = cfunc("void(int64)", cache=True, error_model="numpy")(work)
-    address: int = worker.address
-    return address
+    return cfunc("void(int64)", cache=True, error_model="numpy")(work)
 
 
 @njit(parallel=True, cache=True)
@@ -193,7 +193,7 @@ def paged_attention(
         ],
         np.int64,
     )
-    _launch(_worker(query.dtype), job.ctypes.data, num_threads)
+    _launch(_worker(query.dtype).address, job.ctypes.data, num_threads)
     return out
 
 

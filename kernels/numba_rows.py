@@ -85,6 +85,19 @@ def put_float(_typing_context, address, index, value):
 
 
 @intrinsic
+def copy_bytes(_typing_context, target, source, count):
+    """Copy `count` bytes between places that do not overlap."""
+
+    def generate(context, builder, _signature, arguments):
+        byte = ir.IntType(8)
+        to, from_ = (code.pointer(builder, address, byte) for address in arguments[:2])
+        cgutils.raw_memcpy(builder, to, from_, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def fill(_typing_context, address, count, value):
     """Write `count` equal float32."""
 
