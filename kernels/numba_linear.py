@@ -144,23 +144,30 @@ def _round_rows(sums_at, bias_at, out_at, out_stride, num_rows):
             )
 
 
+@njit(error_model="numpy")
+def _multiply_panel(x_at, num_rows, depth, panel_at, bias_at, out_at, out_stride):
+    x_stride = depth * _F32
+    sums = np.empty(_ROWS * PANEL, np.float32)
+    sums_at = sums.ctypes.data
+    for row in range(0, num_rows, _ROWS):
+        rows = min(_ROWS, num_rows - row)
+        sums[: rows * PANEL] = 0
+        for begin in range(0, depth, _DEPTH):
+            part = min(_DEPTH, depth - begin)
+            x_part = x_at + row * x_stride + begin * _F32
+            _add_rows(x_part, rows, x_stride, panel_at + begin * _STRIDE_BF16, part, sums_at)
+        _round_rows(sums_at, bias_at, out_at + row * out_stride, out_stride, rows)
+
+
 @njit(parallel=True, error_model="numpy", cache=True)
 def _multiply(x_at, num_rows, depth, panels_at, num_panels, bias_at, out_at):
-    x_stride, out_stride = depth * _F32, num_panels * _STRIDE_BF16
     for panel in prange(num_panels):
-        panel_at = panels_at + panel * depth * _STRIDE_BF16
-        for row in range(0, num_rows, _ROWS):
-            rows = min(_ROWS, num_rows - row)
-            sums = np.zeros(rows * PANEL, np.float32)
-            sums_at = sums.ctypes.data
-            for begin in range(0, depth, _DEPTH):
-                part = min(_DEPTH, depth - begin)
-                x_part = x_at + row * x_stride + begin * _F32
-                _add_rows(x_part, rows, x_stride, panel_at + begin * _STRIDE_BF16, part, sums_at)
-            _round_rows(
-                sums_at,
-                bias_at + panel * _STRIDE_F32,
-                out_at + row * out_stride + panel * _STRIDE_BF16,
-                out_stride,
-                rows,
-            )
+        _multiply_panel(
+            x_at,
+            num_rows,
+            depth,
+            panels_at + panel * depth * _STRIDE_BF16,
+            bias_at + panel * _STRIDE_F32,
+            out_at + panel * _STRIDE_BF16,
+            num_panels * _STRIDE_BF16,
+        )
