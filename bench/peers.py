@@ -58,12 +58,13 @@ class Comparison:
                 cell = self.cells[workload.name, name]
                 if not cell.problem and time.monotonic() < self.end:
                     with console.status(f"round {number + 1}: {workload.title}, {name}"):
-                        self._run(cell, workload, self.engines[name], number)
+                        self._run(cell, workload, name, number)
 
-    def _run(self, cell: Cell, workload: Workload, engine: EngineProcess, number: int) -> None:
+    def _run(self, cell: Cell, workload: Workload, name: str, number: int) -> None:
+        engine, cap_s = self.engines[name], self.cap_s * ENGINES[name].cap_share
         requests = workload.requests(number, self.vocab_size)
         engine.ensure_running()
-        limit_s = min(self.cap_s, self.end - time.monotonic())
+        limit_s = min(cap_s, self.end - time.monotonic())
         try:
             with self.others.beside(engine):
                 times = engine.run(requests, limit_s)
@@ -120,7 +121,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=10.0, help="of measuring, loading not counted"
     )
-    parser.add_argument("--cap-s", type=float, default=120.0, help="longest run")
+    parser.add_argument(
+        "--cap-s", type=float, default=60.0, help="longest run; half of it for transformers"
+    )
     parser.add_argument("--without-quire", action="store_true", help="the peers alone")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "peers")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all")

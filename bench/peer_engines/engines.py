@@ -28,6 +28,7 @@ class EngineKind:
     driver: str  # module in this package
     environment: Environment | None = None  # None: the one that this runs in
     is_transformers: bool = False
+    cap_share: float = 1.0  # of the longest run: slow ones would leave no time for the others
 
     def prepare(self, checkpoint: Path, cache: Path, console: Console) -> EngineProcess:
         """A process to enter; environment and converted checkpoint are made when they are not there.
@@ -76,6 +77,6 @@ ENGINES = {
     "quire": EngineKind("quire_driver"),
     "openvino": EngineKind("openvino_driver", OPENVINO),
     "llama.cpp": EngineKind("llama_cpp_driver", LLAMA_CPP),
-    "generate": EngineKind("transformers_driver", is_transformers=True),
-    "generate_batch": EngineKind("generate_batch_driver", is_transformers=True),
+    "generate": EngineKind("transformers_driver", is_transformers=True, cap_share=0.5),
+    "generate_batch": EngineKind("generate_batch_driver", is_transformers=True, cap_share=0.5),
 }
