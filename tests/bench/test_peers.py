@@ -21,7 +21,7 @@ def test_the_benchmark_runs() -> None:
         [sys.executable, "-m", "bench.peers", "--quick"],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=280,
         check=False,
         cwd=ROOT,
     )
