@@ -50,22 +50,32 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedWeight:
     """Pack a weight `[N, K]`, bfloat16, and a bias `[N]`; rows of zeros fill the last panel."""
     num_outputs, depth = weight.shape
     num_panels = -(-num_outputs // PANEL)
-    panels = torch.zeros(num_panels, depth, LANES, 2, dtype=weight.dtype)
-    whole, rest = divmod(num_outputs, PANEL)
-    panels[:whole] = _interleave(weight[: whole * PANEL])
-    if rest:
-        last = torch.zeros(PANEL, depth, dtype=weight.dtype)
-        last[:rest] = weight[whole * PANEL :]
-        panels[whole:] = _interleave(last)
+    panels = torch.zeros(num_panels, depth, PANEL, dtype=weight.dtype)
+    _fill_panels(_bits(weight.detach().contiguous()), _bits(panels))
     padded_bias = torch.zeros(num_panels * PANEL, dtype=torch.float32)
     if bias is not None:
         padded_bias[:num_outputs] = bias
-    return PackedWeight(panels.view(num_panels, depth, PANEL), padded_bias, num_outputs)
+    return PackedWeight(panels, padded_bias, num_outputs)
 
 
-def _interleave(rows: Tensor) -> Tensor:
-    """`[panels, K, LANES, 2]` of `[panels * PANEL, K]`."""
-    return rows.view(-1, 2, LANES, rows.shape[1]).permute(0, 3, 2, 1)
+def _bits(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
+    return tensor.view(torch.uint16).numpy()
+
+
+@njit(error_model="numpy", cache=True)
+def _fill_panels(weight, panels):
+    """Copy `[N, K]` to `[panels, K, PANEL]`."""
+    num_outputs, depth = weight.shape
+    for first in range(0, num_outputs, PANEL):
+        panel = panels[first // PANEL]
+        # So much of a panel at a time as stays in the first cache while each output writes its elements between others'.
+        for begin in range(0, depth, _DEPTH):
+            end = min(depth, begin + _DEPTH)
+            for output in range(first, min(first + PANEL, num_outputs)):
+                side, lane = divmod(output - first, LANES)
+                column = 2 * lane + side
+                for k in range(begin, end):
+                    panel[k, column] = weight[output, k]
 
 
 def linear(x: Tensor, weight: PackedWeight) -> Tensor:
