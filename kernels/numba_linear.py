@@ -44,6 +44,8 @@ class PackedWeight:
     panels: Tensor  # bfloat16 [panels, K, PANEL]; outputs j and j + LANES of a panel are neighbours
     bias: Tensor  # float32 [panels * PANEL], zeros without one
     num_outputs: int
+    depth: int  # K
+    num_panels: int
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> PackedWeight:
@@ -55,7 +57,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> PackedWeight:
     padded_bias = torch.zeros(num_panels * PANEL, dtype=torch.float32)
     if bias is not None:
         padded_bias[:num_outputs] = bias
-    return PackedWeight(panels, padded_bias, num_outputs)
+    return PackedWeight(panels, padded_bias, num_outputs, depth, num_panels)
 
 
 def _bits(tensor: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.uint16]]:
@@ -84,22 +86,23 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     Raises:
         ValueError: when x is not bfloat16 or of another K.
     """
-    num_panels, depth, _ = weight.panels.shape
-    if x.dtype != torch.bfloat16 or x.shape[-1] != depth:
-        message = f"the packed weight takes bfloat16 [..., {depth}], not {x.dtype} {tuple(x.shape)}"
+    if x.dtype != torch.bfloat16 or x.shape[-1] != weight.depth:
+        message = f"the packed weight takes bfloat16 [..., {weight.depth}], not {x.dtype} {tuple(x.shape)}"
         raise ValueError(message)
-    wide = x.reshape(-1, depth).float()
-    out = torch.empty(len(wide), num_panels * PANEL, dtype=torch.bfloat16)
+    # Few operations: of a small product at one row, each costs as much as the product.
+    wide = (x if x.is_contiguous() else x.contiguous()).float()
+    out = torch.empty(*x.shape[:-1], weight.num_panels * PANEL, dtype=torch.bfloat16)
     _multiply(
         wide.data_ptr(),
-        len(wide),
-        depth,
+        wide.numel() // weight.depth,
+        weight.depth,
         weight.panels.data_ptr(),
-        num_panels,
+        weight.num_panels,
         weight.bias.data_ptr(),
         out.data_ptr(),
     )
-    return out[:, : weight.num_outputs].view(*x.shape[:-1], weight.num_outputs)
+    is_whole = weight.num_panels * PANEL == weight.num_outputs
+    return out if is_whole else out[..., : weight.num_outputs].contiguous()
 
 
 def _panel_product(num_rows: int) -> Callable[..., None]:
