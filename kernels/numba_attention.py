@@ -122,7 +122,8 @@ def _worker(dtype: torch.dtype) -> CFunc:
     def work(job):
         _work(element, job)
 
-    return cfunc("void(int64)", cache=True, error_model="numpy")(work)
+    worker: CFunc = cfunc("void(int64)", cache=True, error_model="numpy")(work)
+    return worker
 
 
 @njit(parallel=True, cache=True)

@@ -19,6 +19,7 @@ from kernels.numba_rows import (
     float_at,
     join_row,
     largest,
+    prefetch_rows,
     put_float,
     weigh_scores,
     write_row,
@@ -26,6 +27,7 @@ from kernels.numba_rows import (
 from kernels.simd import LANES
 
 _LOWEST = np.float32(-np.inf)
+_AHEAD = 16  # keys
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
@@ -85,8 +87,15 @@ def _score(element, layout, kv_head, slots, count, query, scores):
     group, k_pad = layout.num_heads // layout.num_kv_heads, padded(layout.k_dim)
     dim, row = layout.k_dim, layout.num_kv_heads * layout.k_dim
     keys = layout.keys + layout.width * kv_head * dim
+    values = layout.values + layout.width * kv_head * layout.v_dim
+    v_row = layout.num_kv_heads * layout.v_dim
     for key in range(0, count, KEYS_TOGETHER):
         where = slots + 8 * key
+        # Rows are too far apart for the hardware to see what comes next, and too long for a core to run ahead.
+        ahead = min(KEYS_TOGETHER, max(0, count - key - _AHEAD))
+        prefetch_rows(keys, where + 8 * _AHEAD, layout.width * row, layout.width * dim, ahead)
+        now = min(KEYS_TOGETHER, count - key)
+        prefetch_rows(values, where, layout.width * v_row, layout.width * layout.v_dim, now)
         for head in range(0, group, 4):
             q, out, left = query + 4 * head * k_pad, scores + 4 * (head * PART + key), group - head
             if left >= 4:

@@ -13,6 +13,8 @@ from numba.extending import intrinsic
 from kernels import numba_ir as code
 from kernels.simd import LANES
 
+_LINE = 64  # bytes
+
 
 @intrinsic
 def int32_at(_typing_context, address, index):
@@ -82,6 +84,32 @@ def put_float(_typing_context, address, index, value):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def prefetch_rows(_typing_context, base, slots, stride, size, count):
+    """Ask for the `size` bytes of `count` rows, `stride` bytes apart, whose numbers are the int64 at `slots`."""
+
+    def generate(context, builder, _signature, arguments):
+        base_, slots_, stride_, size_, count_ = arguments
+        places = code.pointer(builder, slots_, code.I64)
+
+        def row(index, _values):
+            start = builder.add(
+                base_, builder.mul(code.load(builder, places, index, code.I64), stride_)
+            )
+
+            def line(at, _values):
+                code.prefetch(builder, builder.add(start, at))
+                return []
+
+            code.repeat(builder, (code.number(0), size_, _LINE), [], line)
+            return []
+
+        code.repeat(builder, (code.number(0), count_, 1), [], row)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), generate
 
 
 @intrinsic
