@@ -1,14 +1,15 @@
-"""Paged attention against what the device can do: decode against a copy, prefill against a matrix product and SDPA.
+"""Paged attention against what the device can do: decode against its memory, prefill against a matrix product and SDPA.
 
     python bench/kernels.py [--device cuda|cpu] [--quick] [--fp8]
 
-The shape is that of Llama-3.1-8B: 32 query heads, 8 kv heads of 128, bfloat16, blocks of 16 in random order. On a GPU
-every time is that of a CUDA graph, so that no launch waits for Python; calls take turns over caches that together exceed
-the device's own cache by far. Each row's output is compared with the reference first. A copy moves as many bytes, read
-and written, as decode reads; the peaks are those of a large copy and a large product in the same run.
+Keys and values are bfloat16, in blocks of 16 in random order. On a GPU the shape is that of Llama-3.1-8B, 32 query heads
+over 8 kv heads of 128, and every time is that of a CUDA graph, so that no launch waits for Python. Calls take turns over
+caches that together exceed the device's own cache by far. Each row's output is compared with the reference first. The
+peaks are those of a large transfer and a large product in the same run: on a GPU a copy, whose bytes are counted read and
+written, on the CPU a plain read and a product in float32, the precision in which its kernels compute.
 
-Goals, on a GPU: decode at 90 % of the copy's peak from contexts of 4k on, prefill at 60 % of the product's.
-On the CPU the same code runs smaller, through the CPU's own kernels.
+Goals: on a GPU decode at 90 % of the copy's peak from contexts of 4k on, prefill at 60 % of the product's; on the CPU
+decode at half of the read's peak from contexts of 2k on, with up to four query heads a kv head.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 16
-SCALE = HEAD_DIM**-0.5
-DECODE_GOAL, PREFILL_GOAL, GOAL_FROM = 0.90, 0.60, 4096
+BLOCK_SIZE = 16
 ROUNDS = 15
 MAX_TURNS = 32
 CHECKED_TOKENS = 32
@@ -52,31 +51,85 @@ MIB, GIB = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
+class Heads:
+    """Heads of a model."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"{self.num_heads} / {self.num_kv_heads} x {self.head_dim}"
+
+    @property
+    def group(self) -> int:
+        """Query heads a kv head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What decode should reach, and where."""
+
+    share: float  # of the peak of memory
+    context: int  # tokens, from there on
+    group: int  # up to so many query heads a kv head
+
+
+@dataclass(frozen=True, slots=True)
 class Grid:
     """What is measured on a kind of device."""
 
+    heads: tuple[Heads, ...]
     decodes: tuple[tuple[int, int], ...]  # (sequences, tokens of context each)
-    prefills: tuple[tuple[int, int], ...]  # (tokens run, tokens of context, those included)
+    prefills: tuple[tuple[int, int, int], ...]  # (sequences, tokens run each, of context each)
     product_size: int
-    copy_bytes: int  # of the large copy, read and written
+    transfer_bytes: int  # of the large transfer
     rotated_bytes: int  # caches that calls take turns over
+    decode_goal: Goal
+    prefill_goal: float | None  # share of the product's peak
 
 
+LLAMA, QWEN, SMALL = Heads(32, 8, 128), Heads(14, 2, 64), Heads(9, 3, 64)
 GPU = Grid(
+    (LLAMA,),
     tuple((b, n) for b in (1, 16, 64, 256) for n in (1024, 4096, 16_384, 65_536)),
-    ((512, 512), (2048, 2048), (8192, 8192), (16_384, 16_384), (512, 16_384), (2048, 32_768)),
+    tuple(
+        (1, tokens, context)
+        for tokens, context in (
+            (512, 512),
+            (2048, 2048),
+            (8192, 8192),
+            (16_384, 16_384),
+            (512, 16_384),
+            (2048, 32_768),
+        )
+    ),
     8192,
     4 * GIB,
     GIB,
+    Goal(0.9, 4096, LLAMA.group),
+    0.6,
 )
 CPU = Grid(
-    tuple((b, n) for b in (1, 4, 16) for n in (1024, 4096)),
-    ((256, 256), (1024, 1024)),
+    (Heads(8, 8, 128), Heads(16, 8, 128), LLAMA, QWEN, SMALL),
+    tuple((b, n) for b in (1, 4, 16) for n in (2048, 4096, 16_384)),
+    ((1, 512, 512), (1, 512, 4000), (1, 2048, 4000), (16, 128, 128)),
     1024,
-    GIB,
-    512 * MIB,
+    GIB // 4,
+    GIB // 8,
+    Goal(0.5, 2048, 4),
+    None,
 )
-QUICK = Grid(((1, 64), (3, 100)), ((8, 8), (8, 40)), 64, MIB, MIB)
+QUICK = replace(
+    CPU,
+    heads=(QWEN,),
+    decodes=((1, 64), (3, 100)),
+    prefills=((1, 8, 8), (2, 8, 40)),
+    product_size=64,
+    transfer_bytes=MIB,
+    rotated_bytes=MIB,
+)
 
 
 class Bench:
@@ -86,7 +139,7 @@ class Bench:
         self._device, self._grid, self._is_fp8 = device, grid, is_fp8
         self._dtype = torch.bfloat16
         self._kernels = Kernels.for_device(device)
-        self.copy_rate = self._copy_rate(grid.copy_bytes)  # bytes per second, read and written
+        self.memory_rate = self._memory_rate(grid.transfer_bytes)  # bytes per second
         self.product_rate = self._product_rate()  # operations per second
 
     def seconds(self, calls: Sequence[Callable[[], object]]) -> float:
@@ -102,83 +155,92 @@ class Bench:
             times.append(time.perf_counter() - started)
         return statistics.median(times)
 
-    def _copy_rate(self, num_bytes: int) -> float:
+    def _memory_rate(self, num_bytes: int) -> float:
         turns = max(1, min(MAX_TURNS, self._grid.rotated_bytes // num_bytes))
         pairs = [
-            torch.randint(0, 255, (2, num_bytes // 2), dtype=torch.uint8, device=self._device)
+            torch.randint(0, 255, (2, num_bytes // 16), dtype=torch.int64, device=self._device)
             for _ in range(turns)
         ]
-        return num_bytes / self.seconds([functools.partial(p[0].copy_, p[1]) for p in pairs])
+        calls: list[Callable[[], object]] = [
+            functools.partial(p[0].copy_, p[1])
+            if self._device.type == "cuda"
+            else functools.partial(torch.sum, p)
+            for p in pairs
+        ]
+        return num_bytes / self.seconds(calls)
 
     def _product_rate(self) -> float:
         size = self._grid.product_size
-        a, b = (self._random(size, size) for _ in range(2))
+        dtype = self._dtype if self._device.type == "cuda" else torch.float32
+        a, b = (self._random(size, size).to(dtype) for _ in range(2))
         return 2 * size**3 / self.seconds([functools.partial(torch.nn.functional.linear, a, b)])
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(shape, dtype=self._dtype, device=self._device)
 
-    def decode(self, num_sequences: int, context_len: int) -> tuple[str, ...]:
+    def decode(self, heads: Heads, num_sequences: int, context_len: int) -> tuple[str, ...]:
         """One row of the table; raises MemoryError where it does not fit."""
         element = 1 if self._is_fp8 else 2
-        num_bytes = 2 * num_sequences * context_len * NUM_KV_HEADS * HEAD_DIM * element
+        num_bytes = 2 * num_sequences * context_len * heads.num_kv_heads * heads.head_dim * element
         turns = max(1, min(MAX_TURNS, self._grid.rotated_bytes // num_bytes))
         self._check_room(turns * num_bytes)
-        calls, error = self._attention_calls([1] * num_sequences, context_len, turns)
+        calls, error = self._attention_calls(heads, [1] * num_sequences, context_len, turns)
         rate = num_bytes / self.seconds(calls)
         del calls
-        same_size = self._copy_rate(num_bytes) if num_bytes < self._grid.copy_bytes else None
-        share = rate / self.copy_rate
+        same_size = self._memory_rate(num_bytes) if num_bytes < self._grid.transfer_bytes else None
+        share, goal = rate / self.memory_rate, self._grid.decode_goal
+        has_goal = context_len >= goal.context and heads.group <= goal.group
         return (
+            f"{heads}",
             f"{num_sequences}",
             f"{context_len}",
             f"{num_bytes / rate * 1e6:.1f}",
-            f"{rate / 1e9:.0f}",
+            f"{rate / 1e9:.1f}",
             f"{share:.1%}",
             f"{rate / same_size:.1%}" if same_size else "-",
-            self._verdict(share, DECODE_GOAL) if context_len >= GOAL_FROM else "-",
+            _verdict(share, goal.share if has_goal else None),
             f"{error:.1e}",
         )
 
-    def prefill(self, num_tokens: int, context_len: int) -> tuple[str, ...]:
+    def prefill(
+        self, heads: Heads, num_sequences: int, num_tokens: int, context_len: int
+    ) -> tuple[str, ...]:
         """One row of the table."""
         seen = num_tokens * context_len - num_tokens * (num_tokens - 1) // 2
-        operations = 4 * NUM_HEADS * HEAD_DIM * seen
-        calls, error = self._attention_calls([num_tokens], context_len, 1)
+        operations = 4 * heads.num_heads * heads.head_dim * seen * num_sequences
+        calls, error = self._attention_calls(heads, [num_tokens] * num_sequences, context_len, 1)
         rate = operations / self.seconds(calls)
-        sdpa_rate = operations / self.seconds([self._sdpa_call(num_tokens, context_len)])
+        sdpa = self._sdpa_call(heads, num_sequences, num_tokens, context_len)
+        sdpa_rate = operations / self.seconds([sdpa])
         share = rate / self.product_rate
         return (
+            f"{heads}",
+            f"{num_sequences}",
             f"{num_tokens}",
             f"{context_len}",
             f"{operations / rate * 1e3:.3f}",
             f"{rate / 1e12:.2f}",
             f"{share:.1%}",
             f"{rate / sdpa_rate:.2f}",
-            self._verdict(share, PREFILL_GOAL),
+            _verdict(share, self._grid.prefill_goal),
             f"{error:.1e}",
         )
-
-    def _verdict(self, share: float, goal: float) -> str:
-        if self._device.type != "cuda":
-            return "-"
-        return "met" if share >= goal else "missed"
 
     def _check_room(self, num_bytes: int) -> None:
         if self._device.type == "cuda" and num_bytes > 0.85 * torch.cuda.mem_get_info()[0]:
             raise MemoryError
 
     def _attention_calls(
-        self, queries: list[int], context_len: int, turns: int
+        self, heads: Heads, queries: list[int], context_len: int, turns: int
     ) -> tuple[list[functools.partial[Tensor]], float]:
         """A call for each of `turns` caches, and the relative error of the first sequence of the first."""
         batch = self._batch(queries, context_len)
         num_blocks = 1 + len(queries) * -(-context_len // BLOCK_SIZE)
         calls = []
         for _ in range(turns):
-            key_cache, value_cache = (self._cache(num_blocks) for _ in range(2))
-            query = self._random(sum(queries), NUM_HEADS, HEAD_DIM)
-            arguments = (query, key_cache, value_cache, batch, self._params())
+            key_cache, value_cache = (self._cache(heads, num_blocks) for _ in range(2))
+            query = self._random(sum(queries), heads.num_heads, heads.head_dim)
+            arguments = (query, key_cache, value_cache, batch, self._params(heads))
             calls.append(functools.partial(self._kernels.paged_attention, *arguments))
         return calls, _relative_error(calls[0])
 
@@ -196,17 +258,20 @@ class Bench:
             max_context_len=context_len,
         )
 
-    def _cache(self, num_blocks: int) -> Tensor:
-        cache = self._random(num_blocks, BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM)
+    def _cache(self, heads: Heads, num_blocks: int) -> Tensor:
+        cache = self._random(num_blocks, BLOCK_SIZE, heads.num_kv_heads, heads.head_dim)
         return cache.to(FP8) if self._is_fp8 else cache
 
-    def _params(self) -> AttentionParams:
-        one = torch.ones(NUM_KV_HEADS, device=self._device)
-        return AttentionParams(SCALE, kv_scales=KvScales(one, one) if self._is_fp8 else None)
+    def _params(self, heads: Heads) -> AttentionParams:
+        one, scale = torch.ones(heads.num_kv_heads, device=self._device), heads.head_dim**-0.5
+        return AttentionParams(scale, kv_scales=KvScales(one, one) if self._is_fp8 else None)
 
-    def _sdpa_call(self, num_tokens: int, context_len: int) -> Callable[[], object]:
-        query = self._random(1, NUM_HEADS, num_tokens, HEAD_DIM)
-        key, value = (self._random(1, NUM_KV_HEADS, context_len, HEAD_DIM) for _ in range(2))
+    def _sdpa_call(
+        self, heads: Heads, num_sequences: int, num_tokens: int, context_len: int
+    ) -> Callable[[], object]:
+        query = self._random(num_sequences, heads.num_heads, num_tokens, heads.head_dim)
+        shape = (num_sequences, heads.num_kv_heads, context_len, heads.head_dim)
+        key, value = (self._random(*shape) for _ in range(2))
         return functools.partial(
             torch.nn.functional.scaled_dot_product_attention,
             query,
@@ -215,6 +280,12 @@ class Bench:
             attn_mask=causal_lower_right(num_tokens, context_len),
             enable_gqa=True,
         )
+
+
+def _verdict(share: float, goal: float | None) -> str:
+    if goal is None:
+        return "-"
+    return "met" if share >= goal else "missed"
 
 
 def _graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
@@ -273,25 +344,34 @@ def main() -> None:
     console = Console(width=None if sys.stdout.isatty() else 110)
     bench = Bench(torch.device(arguments.device), grid, is_fp8=arguments.fp8)
     console.print(
-        f"{_device_name(arguments.device)}, torch {torch.__version__}: a large copy moves "
-        f"{bench.copy_rate / 1e9:.0f} GB/s (read and written), a product of {grid.product_size} "
+        f"{_device_name(arguments.device)}, torch {torch.__version__}: memory moves "
+        f"{bench.memory_rate / 1e9:.1f} GB/s, a product of {grid.product_size} "
         f"squared runs at {bench.product_rate / 1e12:.2f} TFLOP/s"
     )
-    decodes = [_or_too_large(bench.decode, *size) for size in _tracked(grid.decodes, "decode")]
+    sizes = [(heads, size) for heads in grid.heads for size in grid.decodes]
+    decodes = [
+        _or_too_large(bench.decode, heads, *size) for heads, size in _tracked(sizes, "decode")
+    ]
     cache = "fp8" if arguments.fp8 else "bfloat16"
-    headings = (
+    headings: tuple[str, ...] = (
+        "heads",
         "sequences",
         "context",
         "us",
         "GB/s",
-        "of the copy's peak",
-        "of a copy as large",
+        "of memory's peak",
+        "of as much moved",
         "goal",
         "error",
     )
     _print_table(console, f"decode, {cache} cache", headings, decodes)
-    prefills = [_or_too_large(bench.prefill, *size) for size in _tracked(grid.prefills, "prefill")]
+    chunks = [(heads, size) for heads in grid.heads for size in grid.prefills]
+    prefills = [
+        _or_too_large(bench.prefill, heads, *size) for heads, size in _tracked(chunks, "prefill")
+    ]
     headings = (
+        "heads",
+        "sequences",
         "tokens",
         "context",
         "ms",
@@ -304,17 +384,19 @@ def main() -> None:
     _print_table(console, f"prefill, {cache} cache", headings, prefills)
 
 
-def _tracked(sizes: Sequence[tuple[int, int]], what: str) -> Sequence[tuple[int, int]]:
+def _tracked(
+    sizes: Sequence[tuple[Heads, tuple[int, ...]]], what: str
+) -> Sequence[tuple[Heads, tuple[int, ...]]]:
     return track(sizes, what, console=Console(stderr=True), transient=True)  # type: ignore[return-value]
 
 
 def _or_too_large(
-    measure: Callable[[int, int], tuple[str, ...]], first: int, second: int
+    measure: Callable[..., tuple[str, ...]], heads: Heads, *size: int
 ) -> tuple[str, ...]:
     try:
-        return measure(first, second)
+        return measure(heads, *size)
     except (MemoryError, torch.OutOfMemoryError):
-        return (f"{first}", f"{second}", "does not fit")
+        return (f"{heads}", *map(str, size), "does not fit")
 
 
 def _device_name(device: str) -> str:
