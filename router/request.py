@@ -171,6 +171,13 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     has_forked: bool = False  # the prompt is sampled, or was: the siblings, if any, exist
     last_token_at: float = 0.0  # seconds of the router's clock; 0: no output yet
+    num_prompt_tokens: int = field(init=False)
+    max_inputs: int = field(init=False)  # tokens that are ever run: the last one is nobody's input
+
+    def __post_init__(self) -> None:
+        # Asked for at every token.
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.max_inputs = self.num_prompt_tokens + self.request.max_tokens - 1
 
     @property
     def sequence_id(self) -> str:
@@ -178,11 +185,6 @@ class Sequence:
         tenant = self.request.tenant
         owner = f"@{quote(tenant, safe='')}" if tenant else ""
         return f"{self.request.request_id}/{self.sample_index}{owner}"
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -196,9 +198,12 @@ class Sequence:
 
     @property
     def num_tokens_to_run(self) -> int:
-        """The one scheduling rule: (known + pending) - (computed + in flight); a last token is nobody's input."""
-        last = self.num_prompt_tokens + self.request.max_tokens - 1
-        return min(self.num_tokens, last) - self.next_position
+        """The one scheduling rule: (known + pending) - (computed + in flight)."""
+        return (
+            min(max(len(self.token_ids), self.pending_end), self.max_inputs)
+            - self.num_computed_tokens
+            - self.num_in_flight_tokens
+        )
 
     @property
     def next_position(self) -> int:
@@ -243,7 +248,7 @@ class Sequence:
         if token_id in request.end_token_ids:
             self.output.append_silent(token_id, logprobs)
             return FinishReason.STOP, None if token_id in request.eos_token_ids else token_id
-        num_tokens = self.num_output_tokens
+        num_tokens = len(self.token_ids) - self.num_prompt_tokens
         may_stop = num_tokens >= request.stopping.min_tokens
         match: StopMatch | None = self.output.append(token_id, logprobs, may_stop=may_stop)
         if match is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from typing import TYPE_CHECKING
 
 from router.request import SequenceState
@@ -23,6 +24,7 @@ class RowTable:
         self._num_rows = num_rows
         self._free = list(range(num_rows - 1, -1, -1))
         self._running: dict[int, Sequence] = {}
+        self._by_urgency: list[Sequence] = []  # they, in the order that every step plans them in
 
     def __len__(self) -> int:
         """Running sequences."""
@@ -33,8 +35,8 @@ class RowTable:
         return self._running.get(row)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """The running sequences, in no order that matters."""
-        return iter(list(self._running.values()))
+        """The running sequences, most urgent first."""
+        return iter(self._by_urgency.copy())
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether `sequence` runs."""
@@ -54,10 +56,12 @@ class RowTable:
         """Let `sequence` run in the row it was given."""
         sequence.state = SequenceState.RUNNING
         self._running[sequence.row] = sequence
+        insort(self._by_urgency, sequence, key=lambda found: found.urgency)
 
     def release(self, sequence: Sequence) -> int:
         """Stop `sequence`; its row is not free before `free` says that memory knows."""
         del self._running[sequence.row]
+        self._by_urgency.remove(sequence)
         return sequence.row
 
     def free(self, rows: Iterable[int]) -> None:
@@ -67,5 +71,6 @@ class RowTable:
     def clear(self, held_rows: Iterable[int]) -> None:
         """Nobody runs; `held_rows` are still to be released, all others are free."""
         self._running.clear()
+        self._by_urgency.clear()
         held = set(held_rows)
         self._free = [row for row in range(self._num_rows - 1, -1, -1) if row not in held]

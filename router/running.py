@@ -46,7 +46,7 @@ class Running:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Sequence]:
-        """They, in no order that matters."""
+        """They, most urgent first."""
         return iter(self.rows)
 
     def holds(self, sequence: Sequence) -> bool:
@@ -136,11 +136,12 @@ class Running:
         forked = {fork.child.row for fork in batch.forks}
         for found in work:
             sequence = found.sequence
-            if found.end > len(sequence.token_ids) and sequence.row not in forked:
+            end, num_known = found.start + found.num_tokens, len(sequence.token_ids)
+            if end > num_known and sequence.row not in forked:
                 batch.pending.append((sequence.row, *sequence.pending_source))
             sequence.num_in_flight_tokens += found.num_tokens
-            if sequence.next_position == sequence.num_tokens:
-                self._add_output(sequence, sequence, sequence.incarnation, batch)
+            if end == max(num_known, sequence.pending_end):
+                self._add_output(sequence, sequence, sequence.incarnation, end, batch)
                 if not sequence.has_forked:
                     self._fork_siblings(sequence, batch)
         return batch
@@ -160,14 +161,15 @@ class Running:
             )
             self._forks.append(fork)
             self._unborn.append(fork)
-            self._add_output(sequence, child, child.incarnation + 1, batch)
+            self._add_output(
+                sequence, child, child.incarnation + 1, sequence.num_prompt_tokens, batch
+            )
         sequence.has_forked = True
 
     @staticmethod
     def _add_output(
-        source: Sequence, sequence: Sequence, incarnation: int, batch: StepBatch
+        source: Sequence, sequence: Sequence, incarnation: int, position: int, batch: StepBatch
     ) -> None:
-        position = source.next_position
         sequence.pending_end = position + 1
         sequence.pending_source = (batch.step, len(batch.outputs))
         batch.outputs.append(Output(source, sequence, incarnation, position))

@@ -50,9 +50,9 @@ class SchedulerLimits:
 class Scheduler:
     """Sequences, the rows they hold, and the steps that run them.
 
-    One owner calls it, from one thread: plan and then admit, and skip when that gave no batch; apply or fail for every
-    batch, in the order in which they were made, of which several may be in flight. Between a plan and its admit comes
-    nothing but `add` and `abort`, which may come at any time.
+    One owner calls it, from one thread: plan and then admit, and skip when that gave no batch; acknowledge and
+    take_outputs, or fail, for every batch, in the order in which they were made, of which several may be in flight.
+    Between a plan and its admit comes nothing but take_outputs, `add` and `abort`, which may come at any time.
     """
 
     def __init__(self, limits: SchedulerLimits, tally: Tally) -> None:
@@ -158,7 +158,7 @@ class Scheduler:
 
     def _plan_extends(self, plan: StepPlan) -> int:
         budget = self._limits.max_num_batched_tokens
-        for sequence in self._runnable():
+        for sequence in self._candidates():
             num_tokens = min(sequence.num_tokens_to_run, budget)
             if num_tokens > 0:
                 start = sequence.next_position
@@ -166,10 +166,8 @@ class Scheduler:
                 budget -= num_tokens
         return budget
 
-    def _runnable(self) -> list[Sequence]:
-        return sorted(self._candidates(), key=lambda found: found.urgency)
-
     def _candidates(self) -> Iterator[Sequence]:
+        """Who may run, most urgent first."""
         suspects = self._isolation.suspects()
         if suspects is None:
             return iter(self._running)
@@ -235,15 +233,22 @@ class Scheduler:
         self._running.skipped(plan)
 
     def apply(self, batch: StepBatch, result: StepResult) -> None:
-        """Take in what compute returned: progress, tokens, ends."""
+        """Take in all that compute returned."""
+        self.acknowledge(batch)
+        self.take_outputs(batch, result)
+
+    def acknowledge(self, batch: StepBatch) -> None:
+        """The step ran: its tokens are computed. What it sampled stays pending, and needs not be known to plan on."""
         self._isolation.step_succeeded(work.sequence for work in batch.work)
         self._running.acknowledge(batch)
+
+    def take_outputs(self, batch: StepBatch, result: StepResult) -> None:
+        """Take in the tokens that an acknowledged step sampled, and the ends that they bring."""
         self._tally.outputs_arrived()
         for index, output in enumerate(batch.outputs):
             if self._is_next(output):
-                self._take_output(
-                    output.sequence, result.token_ids[index], result.logprobs.get(index)
-                )
+                logprobs = result.logprobs.get(index) if result.logprobs else None
+                self._take_output(output.sequence, result.token_ids[index], logprobs)
 
     def _is_next(self, output: Output) -> bool:
         """Whether the sequence goes on with this token.

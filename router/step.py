@@ -79,11 +79,6 @@ class Work(NamedTuple):
     start: int
     num_tokens: int
 
-    @property
-    def end(self) -> int:
-        """Behind the last token."""
-        return self.start + self.num_tokens
-
 
 @dataclass(slots=True)
 class StepPlan:

@@ -66,6 +66,11 @@ class _InFlight:
     laps: _Laps
     planning: float  # seconds
     memory: float  # seconds
+    compute: float = 0.0  # seconds
+
+    def times(self) -> StepTimes:
+        """What the step took; its publishing is what has passed since the last lap."""
+        return StepTimes(self.planning, self.memory, self.compute, self.laps.seconds())
 
 
 class StepLoop:
@@ -96,6 +101,7 @@ class StepLoop:
         self._check_terms = check_terms
         self._steps_in_flight = steps_in_flight
         self._in_flight: deque[_InFlight] = deque()
+        self._unpublished: tuple[_InFlight, StepResult] | None = None  # acknowledged, not told
         self._wake = asyncio.Event()  # requests came or went, or a step ended
         self.is_connected = asyncio.Event()
         self.is_connected.set()  # whoever builds the loop has just connected
@@ -114,6 +120,7 @@ class StepLoop:
                 try:
                     await self._run_steps()
                 except StreamLost as lost:
+                    self._publish()
                     await self._abandon()
                     await self._reconnect(lost)
         finally:
@@ -124,6 +131,7 @@ class StepLoop:
             self._wake.clear()
             if self._may_begin and await self._begin():
                 continue
+            self._publish()
             await self._until_news()
             if self._in_flight and self._in_flight[0].outcome.done():
                 self._end(self._in_flight.popleft())
@@ -142,7 +150,7 @@ class StepLoop:
         if plan.is_empty:
             return False
         planning = laps.seconds()
-        answer = await self._memory.allocate(plan)
+        answer = await self._ask_memory(plan)
         memory = laps.seconds()
         batch = self._admit(plan, answer)
         if batch is None:
@@ -153,6 +161,16 @@ class StepLoop:
         planning += laps.seconds()
         self._in_flight.append(_InFlight(batch, outcome, laps, planning, memory))
         return True
+
+    async def _ask_memory(self, plan: StepPlan) -> MemoryAnswer:
+        """Ask, and publish the step before while memory works."""
+        asking = asyncio.ensure_future(self._memory.allocate(plan))
+        try:
+            await asyncio.sleep(0)  # lets the question out
+            self._publish()
+            return await asking
+        finally:
+            asking.cancel()
 
     async def _until_news(self) -> None:
         """Wait until the oldest step has ended, or something changed that lets another one begin."""
@@ -165,11 +183,24 @@ class StepLoop:
                     await self._wake.wait()
 
     def _end(self, step: _InFlight) -> None:
+        """A step has ended: note its progress, so that the next one can be planned; its tokens are told beside that."""
         outcome = step.outcome.result()
-        compute = step.laps.seconds()
-        self._take(step.batch, outcome)
-        times = StepTimes(step.planning, step.memory, compute, step.laps.seconds())
-        self._tally.step_ended(times, outcome)
+        step.compute = step.laps.seconds()
+        if isinstance(outcome, StepFailure):
+            self._fail(step.batch, outcome)
+            self._tally.step_ended(step.times(), outcome)
+        else:
+            self._scheduler.acknowledge(step.batch)
+            self._unpublished = step, outcome
+
+    def _publish(self) -> None:
+        """Tokens to text to the clients' streams."""
+        if self._unpublished is None:
+            return
+        (step, result), self._unpublished = self._unpublished, None
+        step.laps.seconds()
+        self._scheduler.take_outputs(step.batch, result)
+        self._tally.step_ended(step.times(), result)
 
     async def _abandon(self) -> None:
         """Nobody will answer the steps in flight, or nobody is left to hear."""
@@ -190,10 +221,7 @@ class StepLoop:
             )
         return batch
 
-    def _take(self, batch: StepBatch, outcome: StepResult | StepFailure) -> None:
-        if not isinstance(outcome, StepFailure):
-            self._scheduler.apply(batch, outcome)
-            return
+    def _fail(self, batch: StepBatch, outcome: StepFailure) -> None:
         sequence_ids = [work.sequence.sequence_id for work in batch.work]
         if outcome.message:  # else an earlier one failed, and this one was only discarded
             _logger.warning(

@@ -120,6 +120,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         plan = self.scheduler.plan()
         answer = self.node.ask(plan)
+        self.node.publish()
         if fault == "answer":
             self._lose_steps()
             self.scheduler.session_resumed(self.memory.held_rows())
@@ -173,7 +174,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for _ in range(MAX_STEPS):
-            if not self.scheduler.has_work and not self.node.in_flight:
+            if not (self.scheduler.has_work or self.node.in_flight or self.node.unpublished):
                 break
             self.node.turn(self.steps_in_flight)
             self.books_agree()

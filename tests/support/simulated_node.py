@@ -218,11 +218,14 @@ class SimulatedNode:
         self.memory = memory
         self.device = SimulatedDevice(memory.manager.block_size)
         self.in_flight: deque[tuple[StepBatch, StepResult | StepFailure]] = deque()
+        self.unpublished: deque[tuple[StepBatch, StepResult]] = deque()
 
     def begin(self) -> StepBatch | None:
         """Put a step in flight, if it runs anything."""
         plan = self.scheduler.plan()
-        batch = self.admit(plan, self.ask(plan))
+        answer = self.ask(plan)
+        self.publish()
+        batch = self.admit(plan, answer)
         if batch is None:
             self.scheduler.skip(plan)
         else:
@@ -239,13 +242,25 @@ class SimulatedNode:
         self.in_flight.append((batch, self.device.execute(batch)))
 
     def end(self) -> StepResult | StepFailure:
-        """Hear of the oldest step."""
+        """Hear of the oldest step, and take its tokens in."""
+        outcome = self.hear()
+        self.publish()
+        return outcome
+
+    def hear(self) -> StepResult | StepFailure:
+        """Hear of the oldest step; its tokens are taken in beside the next one."""
         batch, outcome = self.in_flight.popleft()
         if isinstance(outcome, StepFailure):
             self.scheduler.fail(batch, outcome)
         else:
-            self.scheduler.apply(batch, outcome)
+            self.scheduler.acknowledge(batch)
+            self.unpublished.append((batch, outcome))
         return outcome
+
+    def publish(self) -> None:
+        """Take the tokens in that were not yet."""
+        while self.unpublished:
+            self.scheduler.take_outputs(*self.unpublished.popleft())
 
     def step(self) -> list[tuple[str, int, int]]:
         """Run a step and hear of it."""
@@ -258,8 +273,9 @@ class SimulatedNode:
         """What the router does next: begin a step if one may, else hear of the oldest."""
         if self.may_begin(steps_in_flight) and self.begin() is not None:
             return
+        self.publish()
         if self.in_flight:
-            self.end()
+            self.hear()
 
     def may_begin(self, steps_in_flight: int) -> bool:
         """Whether the router would begin a step now."""
@@ -271,7 +287,7 @@ class SimulatedNode:
     def run(self, steps_in_flight: int = 1) -> None:
         """Run steps until nobody is left, which must happen."""
         for _ in range(MAX_STEPS):
-            if not self.scheduler.has_work and not self.in_flight:
+            if not self.scheduler.has_work and not self.in_flight and not self.unpublished:
                 return
             self.turn(steps_in_flight)
         raise AssertionError("somebody waits for ever")
