@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
@@ -32,6 +33,7 @@ from compute_service.model_loader import LoadedModel, load_model
 from compute_service.refusal import ModelRefused
 from compute_service.server_thread import ServerThread
 from compute_service.servicer import ComputeServicer
+from kernels.ahead import Compilation
 from quire import demo_model, logs
 from quire.descriptor import DescriptorRefusedError
 from quire.errors import QuireError
@@ -112,6 +114,8 @@ def _make_engine(
         # Before the kernels are there, which take as many.
         torch.set_num_threads(settings.num_threads)
     device = open_device(settings.device, settings.attention_kernel)
+    if device.torch_device.type == "cpu":
+        device = replace(device, wait_for_kernels=_compile_kernels(settings.dtype))
     loaded = _load(settings, device, tally)
     client = _pool_client(settings, loaded, device)
     attached = _attach(client)
@@ -122,6 +126,14 @@ def _make_engine(
     _collect_garbage_again()
     servicer.serve(engine, loaded, attached)
     return engine, pool, partial(_resume, client, attached, pool, settings.memory_patience_s)
+
+
+def _compile_kernels(dtype: str) -> Callable[[], None]:
+    """Begin to compile what no start has compiled before; what waits for it."""
+    compilation = Compilation("bfloat16" if dtype == "auto" else dtype)
+    if compilation.is_running:
+        _logger.info("compiling_kernels", consequence="this start takes half a minute longer")
+    return compilation.wait
 
 
 def _load(settings: ComputeSettings, device: ComputeDevice, tally: EngineTally) -> LoadedModel:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernels.launcher import AttentionKernel, Kernels
 from quire.serving import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +21,7 @@ class ComputeDevice:
     torch_device: torch.device
     kernels: Kernels
     holds_pool: bool  # in the device's memory, not in that of the memory service
+    wait_for_kernels: Callable[[], None] = lambda: None  # that are being compiled
 
 
 def open_device(name: str, attention_kernel: AttentionKernel = "compiled") -> ComputeDevice:

@@ -50,6 +50,7 @@ def prove(
     with refusing("it does not run with another attention"):
         recorder = record(model, token_ids)
     layers = check_calls(model, recorder)
+    device.wait_for_kernels()
     fast_paths.apply(model)
     with refusing("it does not run through block tables"):
         probe = PagedProbe(model, device.kernels, layers, token_ids)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import numba
 import numpy as np
 import torch
-from numba import cfunc, njit, prange
 
 from kernels.numba_decode import decode_part, decode_size, join_parts, num_parts, state_size
 from kernels.numba_ir import CHUNK
@@ -24,14 +23,12 @@ from kernels.numba_layout import LOG2_E, jitted, read_job
 from kernels.numba_prefill import lay_out, panels_together, prefill_tile
 from kernels.numba_products import PART, ROWS
 from kernels.numba_rows import call, int32_at, put_float, take
+from kernels.numba_setup import cfunc, njit, prange
 
 if TYPE_CHECKING:
     from numba.core.ccallback import CFunc
 
     from kernels.batch import AttentionParams, PagedBatch
-
-# torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
-numba.config.THREADING_LAYER = "omp"
 
 
 @jitted

@@ -6,11 +6,11 @@ import math
 from typing import Final, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from kernels.numba_ir import CHUNK
 from kernels.numba_products import KEYS_TOGETHER
 from kernels.numba_rows import float_at, int32_at, int64_at, put_int64
+from kernels.numba_setup import njit
 
 LOG2_E: Final = np.float32(math.log2(math.e))  # scores are in the logarithm's base 2
 

@@ -11,20 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
 
+from kernels.numba_setup import njit, prange
 from kernels.simd import LANES, add_outer_product, add_tile_to, prefetch, store_bf16_sum, zero_tile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
-
-# torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
-numba.config.THREADING_LAYER = "omp"
 
 PANEL: Final = 2 * LANES
 """Outputs of a panel."""

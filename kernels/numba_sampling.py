@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
 
 from kernels.numba_scalars import (
     as_double,
@@ -21,14 +19,12 @@ from kernels.numba_scalars import (
     order_key,
     widen_element,
 )
+from kernels.numba_setup import njit, prange
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kernels.sampling import Draws
-
-# torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
-numba.config.THREADING_LAYER = "omp"
 
 _RUN = 1024  # tokens that are summed before they are searched
 _NUM_BINS = 1 << 15

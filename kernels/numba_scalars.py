@@ -10,9 +10,10 @@ from typing import Final
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
+
+from kernels.numba_setup import njit
 
 _SHIFT = 16  # a bfloat16 is the upper half of a float32
 _HALF_STEP = np.int32(0x7FFF)

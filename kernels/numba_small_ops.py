@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numba
 import numpy as np
 import torch
-from numba import carray, njit, prange
 
 from kernels.numba_scalars import (
     OPTIONS,
@@ -23,13 +22,11 @@ from kernels.numba_scalars import (
     to_bf16,
     widen,
 )
+from kernels.numba_setup import carray, njit, prange
 from kernels.small_ops import Activation, NormStyle
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-# torch was imported above: with this layer numba's threads are torch's, and neither disturbs the other.
-numba.config.THREADING_LAYER = "omp"
 
 # Elements from which a second thread gains more than it takes to wake it.
 _MANY_TO_NORM = 50_000

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from numba import njit
-
 from kernels.numba_rows import copy_bytes, int64_at
+from kernels.numba_setup import njit
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from compute_service.device import ComputeDevice
 from kernels.launcher import Kernels
 
 
-def open_device(name: str) -> ComputeDevice:
+def open_device(name: str, _attention_kernel: str) -> ComputeDevice:
     """What the service gets in place of the GPU."""
     assert name == "cuda"
     kernels = Kernels(interpreted_operations())
