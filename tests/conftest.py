@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 # cores are few; a service would compile its own sources anew at each start.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Before Triton is there, which any module that imports models may bring: it decides then whether it interprets.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from mixed_load import Evidence, run_mixed_load
