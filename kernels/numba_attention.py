@@ -1,8 +1,9 @@
 """Paged attention for the CPU, compiled by numba: one call runs a step's decodes and its chunks of prompts.
 
 The work is cut into tasks that depend on their own sequence alone, so that a result does not depend on who else runs: for
-decodes a part of the context and a kv head, for chunks a few panels of rows and a kv head. Workers, one a thread, take
-the next task until there is none. Who ends the last part of a decode joins all of them, in their order, by log-sum-exp.
+decodes a part of the context and some kv heads, for chunks a few panels of rows and a kv head. Workers, one a thread,
+take the next task until there is none. Who ends the last part of a decode joins all of them, in their order, by
+log-sum-exp.
 `kernels.reference.paged_attention` says what is computed.
 
 Addresses are all that jitted code works with: on slices of arrays numba takes four times as long to compile the same.
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from numba.core.ccallback import CFunc
 
     from kernels.batch import AttentionParams, PagedBatch
+
+
+_TASKS_A_THREAD = 2  # at least, so that no thread waits long for another
 
 
 @jitted
@@ -62,18 +66,35 @@ def _run_chunk(element, layout, sequence, kv_head, tile, panels, slots, scratch)
 
 
 @jitted
-def _run_decode(element, layout, sequence, kv_head, part, slots, scratch, states, ended):
-    """`states` are those of the sequence, `[kv head, part]`; `ended` counts, for each kv head, parts that are there."""
+def _run_decode(element, layout, sequence, kv_head, span, part, slots, scratch, states, ended):
+    """`states` are those of the sequence, `[kv head, part]`; `ended` counts, for each kv head, parts that are there.
+
+    Runs `span` kv heads from `kv_head` on, of which only the first is counted.
+    """
     length = int32_at(layout.lengths, sequence)
     table = layout.tables + 4 * sequence * layout.table_width
     parts, size = num_parts(layout, length), 4 * state_size(layout)
     own = states + kv_head * parts * size
     token = int32_at(layout.starts, sequence)
+    place, stride = own + part * size, parts * size
     decode_part(
-        element, layout, token, table, length, kv_head, part, slots, scratch, own + part * size
+        element, layout, token, table, length, kv_head, span, part, slots, scratch, place, stride
     )
     if take(ended + 8 * kv_head) == parts - 1:
-        join_parts(element, layout, token, kv_head, own, parts)
+        for head in range(span):
+            join_parts(element, layout, token, kv_head + head, own + head * stride, parts)
+
+
+@jitted
+def _heads_together(layout, most_parts):
+    """Kv heads of a decode's task: all of them, unless threads would go without work; a divisor of their number."""
+    heads, tasks = layout.num_kv_heads, layout.num_decodes * most_parts
+    span = heads
+    while span > 1 and tasks * (heads // span) < _TASKS_A_THREAD * layout.num_threads:
+        span -= 1
+        while heads % span:
+            span -= 1
+    return span
 
 
 @jitted
@@ -84,20 +105,22 @@ def _work(element, job):
     group = layout.num_heads // heads
     num_tokens = int32_at(layout.starts, layout.num_sequences)
     panels = panels_together(layout, group * (num_tokens - layout.num_decodes))
-    size = decode_size(layout)
+    span, size = _heads_together(layout, most_parts), decode_size(layout)
     if layout.num_decodes < layout.num_sequences:
         size = max(size, lay_out(layout, panels, 0).end // 4)
-    slot_array, scratch_array = np.empty(PART, np.int64), np.empty(size, np.float32)
+    slot_array, scratch_array = np.empty(PART + 1, np.int64), np.empty(size, np.float32)
     slots, scratch = slot_array.ctypes.data, scratch_array.ctypes.data
     index, first, task = 0, 0, take(counters)
     while index < layout.num_sequences:
         sequence = (layout.num_decodes + index) % layout.num_sequences
         pieces = _num_pieces(layout, sequence, panels)
-        if task >= first + pieces * heads:
-            first += pieces * heads
+        together = span if sequence < layout.num_decodes else 1
+        groups = heads // together
+        if task >= first + pieces * groups:
+            first += pieces * groups
             index += 1
             continue
-        kv_head, piece = (task - first) % heads, (task - first) // heads
+        kv_head, piece = (task - first) % groups * together, (task - first) // groups
         if sequence >= layout.num_decodes:
             # The last tile sees most keys.
             tile = pieces - 1 - piece
@@ -105,7 +128,7 @@ def _work(element, job):
         else:
             own = states + 4 * sequence * heads * most_parts * state_size(layout)
             ended = counters + 8 * (1 + sequence * heads)
-            _run_decode(element, layout, sequence, kv_head, piece, slots, scratch, own, ended)
+            _run_decode(element, layout, sequence, kv_head, span, piece, slots, scratch, own, ended)
         task = take(counters)
     # An address does not keep its array.
     put_float(scratch_array.ctypes.data, 0, np.float32(slot_array[0]))

@@ -19,15 +19,14 @@ from kernels.numba_rows import (
     float_at,
     join_row,
     largest,
-    prefetch_rows,
     put_float,
+    touch_rows,
     weigh_scores,
     write_row,
 )
 from kernels.simd import LANES
 
 _LOWEST = np.float32(-np.inf)
-_AHEAD = 16  # keys
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
@@ -45,13 +44,19 @@ def state_size(layout):
 
 @jitted
 def decode_size(layout):
-    """Float32 of scratch that a part needs."""
-    return layout.num_heads // layout.num_kv_heads * (padded(layout.k_dim) + PART)
+    """Float32 of scratch that a part needs, of all kv heads."""
+    return layout.num_heads * (padded(layout.k_dim) + PART)
 
 
 @jitted
-def decode_part(element, layout, token, table, length, kv_head, part, slots, scratch, state):
-    """Attention of packed token `token` over a part of its context, to `state`."""
+def decode_part(
+    element, layout, token, table, length, kv_head, span, part, slots, scratch, state, state_stride
+):
+    """Attention of packed token `token` over a part of its context, for `span` kv heads from `kv_head` on.
+
+    Heads take turns at a few keys: what all of them need of a key lies together, and a page of memory is looked up once.
+    Results go to `state`, `state_stride` bytes from one kv head's to the next.
+    """
     group, k_pad, v_pad = (
         layout.num_heads // layout.num_kv_heads,
         padded(layout.k_dim),
@@ -60,14 +65,15 @@ def decode_part(element, layout, token, table, length, kv_head, part, slots, scr
     begin = first_seen(layout, length) + part * PART
     count = min(PART, length - begin)
     find_slots(layout, table, begin, begin + count, slots)
-    scores = scratch + 4 * group * k_pad
+    scores = scratch + 4 * span * group * k_pad
     first_head = token * layout.token_stride + kv_head * group * layout.head_stride
-    for g in range(group):
-        source = layout.query + layout.width * (first_head + g * layout.head_stride)
-        copy_row(element, source, scratch + 4 * g * k_pad, layout.k_dim, layout.scale, 0)
-    _score(element, layout, kv_head, slots, count, scratch, scores)
-    for g in range(group):
-        row, place = scores + 4 * g * PART, state + 4 * g * (v_pad + 2)
+    for head in range(span * group):
+        source = layout.query + layout.width * (first_head + head * layout.head_stride)
+        copy_row(element, source, scratch + 4 * head * k_pad, layout.k_dim, layout.scale, 0)
+    _score(element, layout, kv_head, span, slots, count, scratch, scores)
+    for head in range(span * group):
+        row = scores + 4 * head * PART
+        place = state + head // group * state_stride + 4 * (head % group) * (v_pad + 2)
         padding = -count % LANES
         if layout.cap > 0:
             cap_scores(row, count + padding, layout.cap)
@@ -79,56 +85,71 @@ def decode_part(element, layout, token, table, length, kv_head, part, slots, scr
         fill(place, v_pad, _ZERO)
         put_float(place, v_pad, top)
         put_float(place, v_pad + 1, total)
-    _add(element, layout, kv_head, slots, count, scores, state)
+    _add(element, layout, kv_head, span, slots, count, scores, state, state_stride)
 
 
 @jitted
-def _score(element, layout, kv_head, slots, count, query, scores):
+def _fetch(layout, cache, kv_head, span, dim, slots, key, count):
+    """Bring the rows of the keys that run together from `key` on into the cache, for all heads in one stream.
+
+    By reading: the processor drops what is merely asked for where it does not know a page's place. `slots` has a place
+    more than a part has keys.
+    """
+    now = min(KEYS_TOGETHER, max(0, count - key))
+    stride, size = layout.width * layout.num_kv_heads * dim, layout.width * span * dim
+    sink = slots + 8 * PART
+    touch_rows(cache + layout.width * kv_head * dim, slots + 8 * key, stride, size, now, sink)
+
+
+@jitted
+def _score(element, layout, kv_head, span, slots, count, query, scores):
     group, k_pad = layout.num_heads // layout.num_kv_heads, padded(layout.k_dim)
     dim, row = layout.k_dim, layout.num_kv_heads * layout.k_dim
-    keys = layout.keys + layout.width * kv_head * dim
-    values = layout.values + layout.width * kv_head * layout.v_dim
-    v_row = layout.num_kv_heads * layout.v_dim
     for key in range(0, count, KEYS_TOGETHER):
         where = slots + 8 * key
-        # Rows are too far apart for the hardware to see what comes next, and too long for a core to run ahead.
-        ahead = min(KEYS_TOGETHER, max(0, count - key - _AHEAD))
-        prefetch_rows(keys, where + 8 * _AHEAD, layout.width * row, layout.width * dim, ahead)
-        now = min(KEYS_TOGETHER, count - key)
-        prefetch_rows(values, where, layout.width * v_row, layout.width * layout.v_dim, now)
-        for head in range(0, group, 4):
-            q, out, left = query + 4 * head * k_pad, scores + 4 * (head * PART + key), group - head
-            if left >= 4:
-                score_keys(element, 4, q, k_pad, keys, where, row, dim, out)
-            elif left == 3:
-                score_keys(element, 3, q, k_pad, keys, where, row, dim, out)
-            elif left == 2:
-                score_keys(element, 2, q, k_pad, keys, where, row, dim, out)
-            else:
-                score_keys(element, 1, q, k_pad, keys, where, row, dim, out)
+        _fetch(layout, layout.keys, kv_head, span, dim, slots, key, count)
+        for own in range(span):
+            keys = layout.keys + layout.width * (kv_head + own) * dim
+            for head in range(0, group, 4):
+                first = own * group + head
+                q, out, left = (
+                    query + 4 * first * k_pad,
+                    scores + 4 * (first * PART + key),
+                    group - head,
+                )
+                if left >= 4:
+                    score_keys(element, 4, q, k_pad, keys, where, row, dim, out)
+                elif left == 3:
+                    score_keys(element, 3, q, k_pad, keys, where, row, dim, out)
+                elif left == 2:
+                    score_keys(element, 2, q, k_pad, keys, where, row, dim, out)
+                else:
+                    score_keys(element, 1, q, k_pad, keys, where, row, dim, out)
 
 
 @jitted
-def _add(element, layout, kv_head, slots, count, weights, state):
+def _add(element, layout, kv_head, span, slots, count, weights, state, state_stride):
     group, stride = layout.num_heads // layout.num_kv_heads, padded(layout.v_dim) + 2
     dim, row = layout.v_dim, layout.num_kv_heads * layout.v_dim
-    values = layout.values + layout.width * kv_head * dim
     for key in range(0, count, KEYS_TOGETHER):
         where = slots + 8 * key
-        for head in range(0, group, 4):
-            w, out, left = (
-                weights + 4 * (head * PART + key),
-                state + 4 * head * stride,
-                group - head,
-            )
-            if left >= 4:
-                add_values(element, 4, w, values, where, row, dim, out, stride)
-            elif left == 3:
-                add_values(element, 3, w, values, where, row, dim, out, stride)
-            elif left == 2:
-                add_values(element, 2, w, values, where, row, dim, out, stride)
-            else:
-                add_values(element, 1, w, values, where, row, dim, out, stride)
+        _fetch(layout, layout.values, kv_head, span, dim, slots, key, count)
+        for own in range(span):
+            values = layout.values + layout.width * (kv_head + own) * dim
+            for head in range(0, group, 4):
+                w, out, left = (
+                    weights + 4 * ((own * group + head) * PART + key),
+                    state + own * state_stride + 4 * head * stride,
+                    group - head,
+                )
+                if left >= 4:
+                    add_values(element, 4, w, values, where, row, dim, out, stride)
+                elif left == 3:
+                    add_values(element, 3, w, values, where, row, dim, out, stride)
+                elif left == 2:
+                    add_values(element, 2, w, values, where, row, dim, out, stride)
+                else:
+                    add_values(element, 1, w, values, where, row, dim, out, stride)
 
 
 @jitted

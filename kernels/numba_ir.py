@@ -183,15 +183,6 @@ def fma(builder: ir.IRBuilder, left: Value, right: Value, addend: Value) -> Valu
     return builder.call(function, [left, right, addend])
 
 
-def prefetch(builder: ir.IRBuilder, address: Value) -> None:
-    """Ask for the cache line at an address, which need not exist."""
-    place = pointer(builder, address, ir.IntType(8))
-    signature = ir.FunctionType(ir.VoidType(), [place.type, I32, I32, I32])
-    function = _declared(builder, "llvm.prefetch.p0", signature)
-    reads, nearest, data = (ir.Constant(I32, value) for value in (0, 3, 1))
-    builder.call(function, [place, reads, nearest, data])
-
-
 def narrowed(builder: ir.IRBuilder, element: ir.Type, vector: Value) -> Value:
     """A vector of float32 as elements of a cache: rounded to the nearest bfloat16, ties to even, or as it is."""
     if element != I16:

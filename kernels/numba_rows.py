@@ -87,29 +87,32 @@ def put_float(_typing_context, address, index, value):
 
 
 @intrinsic
-def prefetch_rows(_typing_context, base, slots, stride, size, count):
-    """Ask for the `size` bytes of `count` rows, `stride` bytes apart, whose numbers are the int64 at `slots`."""
+def touch_rows(_typing_context, base, slots, stride, size, count, sink):
+    """Read a byte of each cache line of the `size` bytes of `count` rows, `stride` bytes apart; their sum goes to `sink`.
+
+    Rows are those whose numbers are the int64 at `slots`.
+    """
 
     def generate(context, builder, _signature, arguments):
-        base_, slots_, stride_, size_, count_ = arguments
+        base_, slots_, stride_, size_, count_, sink_ = arguments
         places = code.pointer(builder, slots_, code.I64)
 
-        def row(index, _values):
+        def row(index, values):
             start = builder.add(
                 base_, builder.mul(code.load(builder, places, index, code.I64), stride_)
             )
 
-            def line(at, _values):
-                code.prefetch(builder, builder.add(start, at))
-                return []
+            def line(at, values):
+                byte = builder.load(code.pointer(builder, builder.add(start, at), ir.IntType(8)))
+                return [builder.add(values[0], builder.zext(byte, code.I64))]
 
-            code.repeat(builder, (code.number(0), size_, _LINE), [], line)
-            return []
+            return code.repeat(builder, (code.number(0), size_, _LINE), list(values), line)
 
-        code.repeat(builder, (code.number(0), count_, 1), [], row)
+        total = code.repeat(builder, (code.number(0), count_, 1), [code.number(0)], row)
+        builder.store(total[0], code.pointer(builder, sink_, code.I64))
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), generate
+    return types.void(*[types.int64] * 6), generate
 
 
 @intrinsic

@@ -174,7 +174,7 @@ def test_who_shares_a_block(loaded: tuple[Quire, Load]) -> None:
                     return answer
         return None
 
-    block = until(shared)["block"]
+    block = until(shared, 180.0)["block"]
     assert block["state"] == "BLOCK_STATE_USED"
 
 
