@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -136,10 +137,15 @@ class Sharing:
         if num_own >= MAX_RETENTIONS_OF_ONE:
             reason = f"this tenant has {MAX_RETENTIONS_OF_ONE} retentions already"
             return Outcome(Verdict.REJECTED, reason)
-        room = retentions.room(self._ledger.pool.tenant_as_is(tenant_name))
+        tenant = self._ledger.pool.tenant_as_is(tenant_name)
+        room = retentions.room(tenant)
         may_take = [found for found in block_ids if retentions.may_take(found, priority)]
         if len(may_take) < len(block_ids):
             reason = "retentions of a higher priority hold some of the blocks"
+        payable = self._within_quota(tenant, may_take)
+        if len(payable) < len(may_take):
+            reason = "the hard quota allows no more blocks that all share so far"
+            may_take = payable
         if len(may_take) > room:
             reason = f"only {room} more blocks may be retained: half of the pool, half of a quota"
         taken = np.array(may_take[:room], dtype=np.int32)
@@ -151,6 +157,19 @@ class Sharing:
             self._tell(change)
         verdict = Verdict.CLIPPED if reason else Verdict.ACCEPTED
         return Outcome(verdict, reason, change.retention_id, len(taken))
+
+    def _within_quota(self, tenant: Tenant, block_ids: list[int]) -> list[int]:
+        """Those that the tenant pays for already, and as many of the others as its hard quota leaves room for."""
+        if tenant.hard_blocks is None:
+            return block_ids
+        homes = (self._ledger.pool.home_of(block_id) for block_id in block_ids)
+        is_new = [home is None or home.tenant is not tenant for home in homes]
+        room = max(0, tenant.hard_blocks - tenant.num_blocks)
+        return [
+            block_id
+            for block_id, new, before in zip(block_ids, is_new, accumulate(is_new), strict=True)
+            if not new or before <= room
+        ]
 
     def release(self, tenant: str, retention_id: int) -> Outcome:
         """End a retention of `tenant`."""

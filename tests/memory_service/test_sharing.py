@@ -276,6 +276,22 @@ def test_a_flush_of_a_prefix_leaves_the_rest(steps: Steps) -> None:
     assert steps.manager.probe(ints([2] * 9), "").num_tokens(SIZE) == 8
 
 
+def test_retaining_what_all_share_keeps_within_the_quota(steps: Steps) -> None:
+    """Who retains a published block pays for it: not more of them than its hard quota leaves room for."""
+    manager = steps.manager
+    manager.sharing.publish(ints(list(range(2 * SIZE))))
+    steps.run([*range(2 * SIZE), 90], "b")
+    manager.sharing.set_quota("a", None, 2)
+    steps.admit([*range(2 * SIZE), 70], "a")
+    held = manager.pool.tenants["a"]
+    assert (held.num_blocks, held.hard_blocks) == (1, 2)
+    outcome = manager.sharing.retain_prefix("a", ints(list(range(2 * SIZE))), 5, None)
+    assert outcome.verdict is Verdict.CLIPPED
+    assert "hard quota" in outcome.reason
+    assert held.num_blocks == 2
+    assert check_integrity(manager) == []
+
+
 def test_a_published_prefix_is_shared_by_all(steps: Steps) -> None:
     """Up to its end; what follows is each tenant's own. Withdrawn, it is shared no more."""
     outcome = steps.manager.sharing.publish(ints(PROMPT[:5]))
