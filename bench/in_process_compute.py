@@ -104,7 +104,7 @@ def _new_row(sequence: Sequence) -> NewRow:
 
 def _fork_row(fork: Fork) -> ForkRow:
     return ForkRow(
-        src_row=fork.parent.row,
+        src_row=fork.parent_row,
         dst_row=fork.child.row,
         dst_incarnation=fork.child.incarnation,
         block_table=np.array(fork.child.block_table, dtype=np.int32),

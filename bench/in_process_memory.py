@@ -8,29 +8,21 @@ from __future__ import annotations
 
 import secrets
 import time
-from array import array
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from bench.in_process_demand import demand_of, memory_answer
 from compute_service.clients import AttachedPool
-from memory_service import demand
 from memory_service.explanations import Explanations
 from memory_service.metrics import StepTally
 from memory_service.pool_identity import PoolIdentity
 from memory_service.pool_registry import PoolRegistry
-from memory_service.record import ReleaseReason
 from memory_service.sessions import Sessions
 from router.clients import ServedModel, SessionTerms
-from router.step import Admission, MemoryAnswer, RefusalReason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from compute_service.model_loader import LoadedModel
     from memory_service.session import Session
-    from router.request import Sequence
-    from router.step import Fork, StepPlan
+    from router.step import MemoryAnswer, StepPlan
 
 # The service's own defaults.
 _LEASE_TTL_S = 10.0
@@ -101,74 +93,7 @@ class InProcessMemory:
         """Apply what `plan` demands."""
         assert self._session is not None
         started = time.perf_counter()
-        answer = self._sessions.apply(self._session, self._session.generation, _demand(plan))
+        answer = self._sessions.apply(self._session, self._session.generation, demand_of(plan))
         self._explanations.answered(self._session.key, answer)
         self._tally.answered(answer, len(plan.admits), time.perf_counter() - started)
-        return _memory_answer(answer)
-
-
-def _demand(plan: StepPlan) -> demand.StepDemand:
-    token_ids = b"".join(found.token_ids for found in plan.commits)
-    return demand.StepDemand(
-        step=plan.step,
-        acknowledged_step=plan.acknowledged_step,
-        commit_rows=_ints(found.row for found in plan.commits),
-        commit_num_computed_tokens=_ints(found.num_computed_tokens for found in plan.commits),
-        commit_token_ids=np.frombuffer(token_ids, dtype=np.int32),
-        releases=tuple(found.row for found in plan.releases),
-        release_reasons=tuple(ReleaseReason(found.reason.value) for found in plan.releases),
-        forks=tuple(_fork_demand(found) for found in plan.forks),
-        extend_rows=_ints(work.sequence.row for work in plan.extends),
-        extend_starts=_ints(work.start for work in plan.extends),
-        extend_num_tokens=_ints(work.num_tokens for work in plan.extends),
-        admits=tuple(_admit(found) for found in plan.admits),
-        admit_token_budget=plan.admit_token_budget,
-        watermark_blocks=plan.watermark_blocks,
-    )
-
-
-def _fork_demand(fork: Fork) -> demand.Fork:
-    child = fork.child
-    request_id = child.request.request_id
-    return demand.Fork(
-        fork.parent.row,
-        child.row,
-        child.incarnation,
-        child.sequence_id,
-        request_id,
-        fork.num_tokens,
-    )
-
-
-def _admit(sequence: Sequence) -> demand.Admit:
-    return demand.Admit(
-        sequence.row,
-        sequence.incarnation,
-        sequence.sequence_id,
-        sequence.request.request_id,
-        np.array(sequence.token_ids, dtype=np.int32),
-        sequence.num_sequences,
-        sequence.request.tenant,
-    )
-
-
-def _memory_answer(answer: demand.StepAnswer) -> MemoryAnswer:
-    return MemoryAnswer(
-        step=answer.step,
-        admissions={
-            found.row: Admission(
-                found.num_cached_tokens, found.num_scheduled_tokens, found.block_table.tolist()
-            )
-            for found in answer.admissions
-        },
-        new_blocks=answer.new_blocks,
-        forked_tables={row: table.tolist() for row, table in answer.forked_tables},
-        copies=answer.copies,
-        remaps=answer.remaps,
-        refusals={row: RefusalReason(reason.value) for row, reason in answer.refusals},
-        num_available_blocks=answer.num_available_blocks,
-    )
-
-
-def _ints(values: Iterable[int]) -> demand.IntArray:
-    return np.array(array("i", values), dtype=np.int32)
+        return memory_answer(answer)

@@ -1,7 +1,7 @@
 """The scheduler: who runs how many tokens in the next step.
 
-A pure pair around each message: `plan` before memory is asked, `admit` with its answer, `apply` with what compute
-returned. There are no prefill and decode modes: a sequence runs what is known of it and not yet computed, clipped by the
+Pure calls around each message: `plan` before memory is asked, `admit` with its answer, `acknowledge` and `take_outputs`
+with what compute returned. There are no prefill and decode modes: a sequence runs what is known of it and not yet computed, clipped by the
 token budget.
 """
 
@@ -64,9 +64,7 @@ class Scheduler:
         self._admissions = Admissions(self._requests.waiting, self._running.rows)
         self._isolation = FailureIsolation()
         self._last_batch = 0  # number of the last step that was made
-        self._lost_up_to = (
-            0  # number of the last step that was in flight when an earlier one failed
-        )
+        self._lost_up_to = 0  # the last step that was in flight when an earlier one failed
         self.num_available_blocks: int | None = None  # after memory's last answer
         self.victims: list[Sequence] = []  # preempted at the last answer
 
@@ -231,11 +229,6 @@ class Scheduler:
     def skip(self, plan: StepPlan) -> None:
         """The step ran nothing."""
         self._running.skipped(plan)
-
-    def apply(self, batch: StepBatch, result: StepResult) -> None:
-        """Take in all that compute returned."""
-        self.acknowledge(batch)
-        self.take_outputs(batch, result)
 
     def acknowledge(self, batch: StepBatch) -> None:
         """The step ran: its tokens are computed. What it sampled stays pending, and needs not be known to plan on."""

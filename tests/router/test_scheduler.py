@@ -119,11 +119,13 @@ def test_a_result_of_an_earlier_admission_changes_nothing() -> None:
     plan = node.scheduler.plan()
     again = node.scheduler.admit(plan, node.memory.allocate(plan))
     assert again is not None
-    node.scheduler.apply(batch, late)
+    node.scheduler.acknowledge(batch)
+    node.scheduler.take_outputs(batch, late)
     assert sink_of(request).token_ids == {}
     result = node.device.execute(again)
     assert isinstance(result, StepResult)
-    node.scheduler.apply(again, result)
+    node.scheduler.acknowledge(again)
+    node.scheduler.take_outputs(again, result)
     node.run()
     assert sink_of(request).token_ids[0] == expected_tokens(request, 0)
 

@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-import numpy as np
 from simulated_requests import next_token
 
-from memory_service import demand
+from bench.in_process_demand import demand_of, memory_answer
 from memory_service.block_hash import BlockHasher
 from memory_service.block_manager import BlockManager
-from memory_service.record import ReleaseReason
-from router.step import Admission, MemoryAnswer, RefusalReason, StepFailure, StepResult
+from router.step import StepFailure, StepResult
 
 if TYPE_CHECKING:
-    from router.request import Sequence
     from router.scheduler import Scheduler
-    from router.step import Fork, StepBatch, StepPlan
+    from router.step import MemoryAnswer, StepBatch, StepPlan
 
 SESSION = 1
 MAX_STEPS = 2000
 POISON = 96  # a step that runs this token fails
-
-
-def ints(values: list[int]) -> np.ndarray:
-    return np.array(values, dtype=np.int32)
 
 
 class SimulatedMemory:
@@ -53,61 +46,7 @@ class SimulatedMemory:
         return [row for row, _ in self.manager.table(SESSION).items()]
 
     def allocate(self, plan: StepPlan) -> MemoryAnswer:
-        answer = self.manager.apply(SESSION, _demand(plan))
-        return MemoryAnswer(
-            step=answer.step,
-            admissions={
-                found.row: Admission(
-                    found.num_cached_tokens, found.num_scheduled_tokens, found.block_table.tolist()
-                )
-                for found in answer.admissions
-            },
-            new_blocks=answer.new_blocks,
-            forked_tables={row: table.tolist() for row, table in answer.forked_tables},
-            copies=answer.copies,
-            remaps=answer.remaps,
-            refusals={row: RefusalReason(reason.value) for row, reason in answer.refusals},
-            num_available_blocks=answer.num_available_blocks,
-        )
-
-
-def _demand(plan: StepPlan) -> demand.StepDemand:
-    token_ids = b"".join(found.token_ids for found in plan.commits)
-    return demand.StepDemand(
-        step=plan.step,
-        acknowledged_step=plan.acknowledged_step,
-        commit_rows=ints([found.row for found in plan.commits]),
-        commit_num_computed_tokens=ints([found.num_computed_tokens for found in plan.commits]),
-        commit_token_ids=np.frombuffer(token_ids, dtype="<i4"),
-        releases=tuple(found.row for found in plan.releases),
-        release_reasons=tuple(ReleaseReason(found.reason.value) for found in plan.releases),
-        forks=tuple(_fork(found) for found in plan.forks),
-        extend_rows=ints([work.sequence.row for work in plan.extends]),
-        extend_starts=ints([work.start for work in plan.extends]),
-        extend_num_tokens=ints([work.num_tokens for work in plan.extends]),
-        admits=tuple(_admit(found) for found in plan.admits),
-        admit_token_budget=plan.admit_token_budget,
-        watermark_blocks=plan.watermark_blocks,
-    )
-
-
-def _fork(fork: Fork) -> demand.Fork:
-    child = fork.child
-    return demand.Fork(
-        fork.parent_row, child.row, child.incarnation, child.sequence_id, "", fork.num_tokens
-    )
-
-
-def _admit(sequence: Sequence) -> demand.Admit:
-    return demand.Admit(
-        sequence.row,
-        sequence.incarnation,
-        sequence.sequence_id,
-        "",
-        ints(sequence.token_ids.tolist()),
-        sequence.num_sequences,
-        sequence.request.tenant,
-    )
+        return memory_answer(self.manager.apply(SESSION, demand_of(plan)))
 
 
 class SimulatedDevice:
