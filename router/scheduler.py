@@ -1,8 +1,8 @@
 """The scheduler: who runs how many tokens in the next step.
 
 Pure calls around each message: `plan` before memory is asked, `admit` with its answer, `acknowledge` and `take_outputs`
-with what compute returned. There are no prefill and decode modes: a sequence runs what is known of it and not yet computed, clipped by the
-token budget.
+with what compute returned. There are no prefill and decode modes: a sequence runs what is known of it and not yet
+computed, clipped by the token budget.
 """
 
 from __future__ import annotations
