@@ -59,6 +59,8 @@ class Comparison:
                 if not cell.problem and time.monotonic() < self.end:
                     with console.status(f"round {number + 1}: {workload.title}, {name}"):
                         self._run(cell, workload, name, number)
+                    # A round may take longer than whoever watches has patience.
+                    console.log(f"{workload.title}, {name}: {cell.last()}")
 
     def _run(self, cell: Cell, workload: Workload, name: str, number: int) -> None:
         engine, cap_s = self.engines[name], self.cap_s * ENGINES[name].cap_share

@@ -28,6 +28,29 @@ class PagedContext:
     caches: Sequence[tuple[Tensor, Tensor]]  # by layer_idx
     batch: PagedBatch
 
+    def attend(
+        self, layer_idx: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
+        """Store the new keys and values of a layer, then attend through the block tables.
+
+        Args:
+            layer_idx: names the cache.
+            query: `[1, num_heads, T, k_head_dim]`.
+            key: `[1, num_kv_heads, T, k_head_dim]`.
+            value: `[1, num_kv_heads, T, v_head_dim]`.
+            params: how keys are scored.
+
+        Returns:
+            `[1, T, num_heads, v_head_dim]`.
+        """
+        key_cache, value_cache = self.caches[layer_idx]
+        queries, keys, values = (
+            found[0].transpose(0, 1).to(key_cache.dtype) for found in (query, key, value)
+        )
+        self.kernels.store_kv(keys, values, key_cache, value_cache, self.batch.slot_mapping)
+        output = self.kernels.paged_attention(queries, key_cache, value_cache, self.batch, params)
+        return output.unsqueeze(0).to(query.dtype)
+
 
 def attend(
     module: nn.Module,
@@ -43,13 +66,13 @@ def attend(
     s_aux: Tensor | None = None,
     **_others: Any,  # noqa: ANN401 -- whatever else a model passes to its attention
 ) -> tuple[Tensor, None]:
-    """Store the new keys and values, then attend through the block tables.
+    """`PagedContext.attend`, as models call attention.
 
     Args:
-        module: the attention layer; its `layer_idx` names the cache.
-        query: `[1, num_heads, T, k_head_dim]`.
-        key: `[1, num_kv_heads, T, k_head_dim]`.
-        value: `[1, num_kv_heads, T, v_head_dim]`.
+        module: the attention layer, with a `layer_idx`.
+        query: see there.
+        key: see there.
+        value: see there.
         attention_mask: None; the batch says who sees what.
         paged: block tables and caches of this pass.
         scaling: factor of the dot product; None: `k_head_dim ** -0.5`.
@@ -60,22 +83,13 @@ def attend(
     Returns:
         `[1, T, num_heads, v_head_dim]` and no weights.
     """
-    key_cache, value_cache = paged.caches[int(module.layer_idx)]  # type: ignore[arg-type]
-    packed = [found[0].transpose(0, 1).to(key_cache.dtype) for found in (query, key, value)]
-    paged.kernels.store_kv(packed[1], packed[2], key_cache, value_cache, paged.batch.slot_mapping)
-    output = paged.kernels.paged_attention(
-        packed[0],
-        key_cache,
-        value_cache,
-        paged.batch,
-        AttentionParams(
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            sliding_window=sliding_window or 0,
-            soft_cap=softcap or 0.0,
-            sinks=s_aux,
-        ),
+    params = AttentionParams(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window or 0,
+        soft_cap=softcap or 0.0,
+        sinks=s_aux,
     )
-    return output.unsqueeze(0).to(query.dtype), None
+    return paged.attend(int(module.layer_idx), query, key, value, params), None  # type: ignore[arg-type]
 
 
 def register() -> None:

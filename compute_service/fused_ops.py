@@ -1,4 +1,4 @@
-"""Norms, gated activations and rotary positions of a loaded model, each as one pass over memory.
+"""Norms, gated activations and rotary positions of a loaded model, each as one pass over memory; products joined.
 
 Model code stays as it is: a replacement is a `forward` of one module instance. Which modules can be replaced is never
 read from a name alone: ours has to give what theirs gives on random input.
@@ -14,6 +14,9 @@ import structlog
 import torch
 from torch import Tensor, nn
 
+from compute_service.equivalence import agree, random_rows
+from compute_service.fused_attention import fuse_attention
+from compute_service.joined_linear import join_if
 from kernels import numba_small_ops
 from kernels.small_ops import Activation, NormStyle
 
@@ -22,9 +25,6 @@ if TYPE_CHECKING:
 
 _ROTARY: Final = "apply_rotary_pos_emb"  # a global function of nearly every modeling file
 _EPS_NAMES: Final = ("variance_epsilon", "eps")
-_SCALES: Final = (1e-4, 1e-2, 1.0, 30.0)  # of random rows: the smallest shows what eps does
-_STEP_OF_BF16: Final = 2**-7  # as a share, at most
-_LEAST_EQUAL: Final = 0.99  # another order of rounding differs in tens of percent
 
 _logger = structlog.get_logger()
 
@@ -39,7 +39,7 @@ def fuse(model: nn.Module) -> None:
     if parameter.dtype is not torch.bfloat16 or parameter.device.type != "cpu":
         return
     numba_small_ops.compile_all()
-    counts = dict.fromkeys(("norms", "gates", "rotaries"), 0)
+    counts = dict.fromkeys(("norms", "gates", "rotaries", "attentions"), 0)
     kept = set()
     for kind, module, replacement in _candidates(model):
         if replacement is None:
@@ -51,29 +51,46 @@ def fuse(model: nn.Module) -> None:
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[..., Any] | None]]:
-    """Modules that look like one of the three, with a forward for each that proved to be it."""
-    rotaries: dict[Callable[..., Any], Callable[..., Any] | None] = {}
+    """Modules that look like one of these, with a forward for each that proved to be it."""
+    # The more a replacement takes in, the later: it is made of those that were replaced before.
     for module in model.modules():
         if _eps(module) is not None and isinstance(getattr(module, "weight", None), Tensor):
             yield "norms", module, _if_callable(_fused_norm, module)
+    for module in list(model.modules()):
         if all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             yield "gates", module, _if_callable(_fused_mlp, module)
+    yield from _attentions(model)
+
+
+def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[..., Any] | None]]:
+    """Layers whole, or else what turns their heads alone."""
+    rotaries: dict[Callable[..., Any], Callable[..., Any] | None] = {}
+    for module in list(model.modules()):
         forward = type(module).forward
-        if isinstance(forward, FunctionType) and _ROTARY in forward.__code__.co_names:
-            theirs = forward.__globals__[_ROTARY]
-            if theirs not in rotaries:
-                rotaries[theirs] = _if_callable(_fused_rotary, theirs)
-            ours = rotaries[theirs]
-            yield "rotaries", module, ours and MethodType(_with_global(forward, ours), module)
+        if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+            continue
+        theirs = forward.__globals__.get(_ROTARY)
+        if theirs is None:
+            # Of this name it may only be an attribute of something else.
+            continue
+        if theirs not in rotaries:
+            rotaries[theirs] = _if_callable(_fused_rotary, theirs)
+        rotary = rotaries[theirs]
+        whole = _if_callable(fuse_attention, module, rotary or theirs)
+        if whole is not None:
+            yield "attentions", module, whole
+        else:
+            turning = rotary and MethodType(_with_global(forward, rotary), module)
+            yield "rotaries", module, turning
 
 
 def _if_callable(
-    fused: Callable[[Any], Callable[..., Any] | None],
-    original: Any,  # noqa: ANN401 -- a module or a function
+    fused: Callable[..., Callable[..., Any] | None],
+    *original: Any,  # noqa: ANN401 -- a module or a function, and what it is made of
 ) -> Callable[..., Any] | None:
     """The replacement of `original`; None too when that cannot be called as such an operation is."""
     try:
-        return fused(original)
+        return fused(*original)
     except (TypeError, RuntimeError, AttributeError):
         return None
 
@@ -87,7 +104,7 @@ def _fused_norm(module: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN4
     weight, theirs, eps = module.weight.detach(), module.forward, _eps(module)
     if weight.dtype is not torch.bfloat16 or weight.dim() != 1 or eps is None:
         return None
-    x = _random_rows(len(weight))
+    x = random_rows(len(weight))
 
     def ours(style: NormStyle, x: Tensor) -> Tensor:
         if x.dtype is not torch.bfloat16:
@@ -96,23 +113,27 @@ def _fused_norm(module: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN4
         return numba_small_ops.rms_norm(x, weight, eps, style)
 
     expected = theirs(x)
-    styles = (style for style in NormStyle if _agree(ours(style, x), expected))
+    styles = (style for style in NormStyle if agree(ours(style, x), expected))
     return next((partial(ours, style) for style in styles), None)
 
 
 def _fused_mlp(module: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 -- as above
-    theirs = module.forward
     # Two rows say enough of a sum over all of them, and torch's own products take their time.
-    x = _random_rows(module.gate_proj.in_features)[:, 1:3]
+    x = random_rows(module.gate_proj.in_features)[:, 1:3]
+    expected = module.forward(x)
 
     def ours(activation: Activation, x: Tensor) -> Tensor:
-        gates, up = module.gate_proj(x), module.up_proj(x)
+        gates, up = module.gate_up_proj(x).chunk(2, -1)
         output: Tensor = module.down_proj(numba_small_ops.gate(gates, up, activation))
         return output
 
-    expected = theirs(x)
-    found = (activation for activation in Activation if _agree(ours(activation, x), expected))
-    return next((partial(ours, activation) for activation in found), None)
+    def same(activation: Activation) -> bool:
+        return agree(ours(activation, x), expected)
+
+    for activation in Activation:
+        if join_if(module, ("gate_proj", "up_proj"), "gate_up_proj", partial(same, activation)):
+            return partial(ours, activation)
+    return None
 
 
 def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -124,8 +145,8 @@ def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any] | None:
         return numba_small_ops.rotate(q, k, cos, sin)
 
     arguments = _random_rotary_arguments()
-    agree = map(_agree, ours(*arguments), theirs(*arguments))
-    return ours if all(agree) else None
+    agreeing = map(agree, ours(*arguments), theirs(*arguments))
+    return ours if all(agreeing) else None
 
 
 def _can_rotate(q: Tensor, k: Tensor, cos: Tensor) -> bool:
@@ -151,22 +172,6 @@ def _with_global(function: FunctionType, rotary: Callable[..., Any]) -> Function
     )
     made.__kwdefaults__ = function.__kwdefaults__
     return made
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for a step of bfloat16 here and there; below a millionth the original itself is but a rounding error."""
-    if found.shape != expected.shape or found.dtype is not expected.dtype:
-        return False
-    is_near = torch.allclose(found.float(), expected.float(), rtol=_STEP_OF_BF16, atol=1e-6)
-    is_equal = (found == expected) | (found.float() - expected.float()).abs().lt(1e-6)
-    return is_near and float(is_equal.float().mean()) >= _LEAST_EQUAL
-
-
-def _random_rows(size: int) -> Tensor:
-    """bfloat16 `[1, rows, size]`, rows of different sizes of numbers."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(1, 4 * len(_SCALES), size, generator=generator)
-    return (rows * torch.tensor(_SCALES).repeat(4)[:, None]).bfloat16()
 
 
 def _random_rotary_arguments() -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -52,7 +52,8 @@ def _attention(dtype: torch.dtype) -> None:
 def _products(dtype: torch.dtype) -> None:
     if dtype is torch.bfloat16:
         weight = numba_linear.pack(torch.zeros(1, 1, dtype=dtype), None)
-        numba_linear.linear(torch.zeros(1, 1, dtype=dtype), weight)
+        for num_rows in (1, 2):
+            numba_linear.linear(torch.zeros(num_rows, 1, dtype=dtype), weight)
         numba_small_ops.compile_all()
 
 

@@ -20,7 +20,8 @@ class CpuOperations:
     """Runs on as many threads as torch does."""
 
     def __init__(self) -> None:
-        self._num_threads = numba_attention.set_num_threads(torch.get_num_threads())
+        num_threads = numba_attention.set_num_threads(torch.get_num_threads())
+        self._paged_attention = numba_attention.PagedAttention(num_threads)
 
     def store_kv(
         self,
@@ -56,6 +57,4 @@ class CpuOperations:
         """See `kernels.reference.paged_attention`."""
         if not numba_attention.is_supported(key_cache, value_cache):
             return reference.paged_attention(query, key_cache, value_cache, batch, params)
-        return numba_attention.paged_attention(
-            query, key_cache, value_cache, batch, params, self._num_threads
-        )
+        return self._paged_attention(query, key_cache, value_cache, batch, params)

@@ -162,31 +162,87 @@ def is_supported(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
     return key_cache.dtype == torch.float32 or (key_cache.dtype == torch.bfloat16 and is_even)
 
 
-def paged_attention(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    batch: PagedBatch,
-    params: AttentionParams,
-    num_threads: int,
-) -> torch.Tensor:
-    """See `kernels.reference.paged_attention`; the dtype is a supported one, and caches are contiguous."""
-    num_tokens, num_heads, k_dim = query.shape
-    _, block_size, num_kv_heads, v_dim = value_cache.shape
-    assert key_cache.is_contiguous()
-    assert value_cache.is_contiguous()
-    query = query if query.stride(2) == 1 else query.contiguous()
-    sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
-    tables = batch.block_tables.contiguous()
-    out = query.new_empty(num_tokens, num_heads, v_dim)
-    window = params.sliding_window or batch.max_context_len
-    heads = batch.num_decodes * num_kv_heads
-    v_pad = -(-v_dim // CHUNK) * CHUNK
-    states = np.empty(-(-window // PART) * batch.num_decodes * num_heads * (v_pad + 2), np.float32)
-    counters = np.zeros(1 + heads, np.int64)
-    scores = np.array([params.scale, params.soft_cap], np.float32) * LOG2_E
-    job = np.array(
-        [
+class _Job:
+    """What a launch is told, and the memory that it works in; layers of a step that attend alike share it.
+
+    The first numbers are of one layer: where its query, caches and output lie.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PagedBatch,
+        params: AttentionParams,
+        num_threads: int,
+    ) -> None:
+        _, num_heads, k_dim = query.shape
+        _, block_size, num_kv_heads, v_dim = value_cache.shape
+        self._tables = batch.block_tables.contiguous()
+        window = params.sliding_window or batch.max_context_len
+        v_pad = -(-v_dim // CHUNK) * CHUNK
+        num_states = -(-window // PART) * batch.num_decodes * num_heads * (v_pad + 2)
+        self._states = np.empty(num_states, np.float32)
+        self._counters = np.zeros(1 + batch.num_decodes * num_kv_heads, np.int64)
+        self._scores = np.array([params.scale, params.soft_cap], np.float32) * LOG2_E
+        self._worker = _worker(query.dtype).address
+        self._num_threads = num_threads
+        of_layer = [0] * 7
+        self._numbers = np.array(
+            [
+                *of_layer,
+                self._tables.data_ptr(),
+                self._tables.shape[1],
+                batch.query_start.data_ptr(),
+                batch.context_lens.data_ptr(),
+                len(batch.context_lens),
+                batch.num_decodes,
+                num_heads,
+                num_kv_heads,
+                k_dim,
+                v_dim,
+                block_size,
+                query.itemsize,
+                window,
+                num_threads,
+                self._scores.ctypes.data,
+                self._counters.ctypes.data,
+                self._states.ctypes.data,
+            ],
+            np.int64,
+        )
+        self._address = self._numbers.ctypes.data
+
+    def run(self, *of_layer: int) -> None:
+        """Attend in a layer: the first seven numbers of `kernels.numba_layout.Layout`."""
+        self._numbers[:7] = of_layer
+        self._counters.fill(0)
+        _launch(self._worker, self._address, self._num_threads)
+
+
+class PagedAttention:
+    """Attends on `num_threads` threads, for one caller at a time; what the layers of a step share is laid out once."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._batch: PagedBatch | None = None
+        self._jobs: dict[tuple[object, ...], _Job] = {}
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PagedBatch,
+        params: AttentionParams,
+    ) -> torch.Tensor:
+        """See `kernels.reference.paged_attention`; the dtype is a supported one, and caches are contiguous."""
+        assert key_cache.is_contiguous()
+        assert value_cache.is_contiguous()
+        query = query if query.stride(2) == 1 else query.contiguous()
+        sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
+        out = query.new_empty(*query.shape[:2], value_cache.shape[3])
+        self._job(query, value_cache, batch, params).run(
             query.data_ptr(),
             query.stride(0),
             query.stride(1),
@@ -194,28 +250,24 @@ def paged_attention(
             value_cache.data_ptr(),
             out.data_ptr(),
             0 if sinks is None else sinks.data_ptr(),
-            tables.data_ptr(),
-            tables.shape[1],
-            batch.query_start.data_ptr(),
-            batch.context_lens.data_ptr(),
-            len(batch.context_lens),
-            batch.num_decodes,
-            num_heads,
-            num_kv_heads,
-            k_dim,
-            v_dim,
-            block_size,
-            query.itemsize,
-            window,
-            num_threads,
-            scores.ctypes.data,
-            counters.ctypes.data,
-            states.ctypes.data,
-        ],
-        np.int64,
-    )
-    _launch(_worker(query.dtype).address, job.ctypes.data, num_threads)
-    return out
+        )
+        return out
+
+    def _job(
+        self,
+        query: torch.Tensor,
+        value_cache: torch.Tensor,
+        batch: PagedBatch,
+        params: AttentionParams,
+    ) -> _Job:
+        if batch is not self._batch:
+            self._batch, self._jobs = batch, {}
+        how = (params.scale, params.soft_cap, params.sliding_window)
+        kind = (query.shape, value_cache.shape, query.dtype, *how)
+        job = self._jobs.get(kind)
+        if job is None:
+            job = self._jobs[kind] = _Job(query, value_cache, batch, params, self._num_threads)
+        return job
 
 
 def set_num_threads(num_threads: int) -> int:

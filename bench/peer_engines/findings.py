@@ -54,6 +54,10 @@ class Cell:
         """Median of output tokens per second; 0 when it never finished."""
         return statistics.median([run.tokens_per_s for run in self.runs.values()] or [0.0])
 
+    def last(self) -> str:
+        """What the last run came to."""
+        return self.problem or f"{list(self.runs.values())[-1].tokens_per_s:.1f} tok/s"
+
     def lines(self) -> str:
         """For the table: what it came to, and what went wrong."""
         if not self.runs:

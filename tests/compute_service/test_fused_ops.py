@@ -11,22 +11,35 @@ from tiny_checkpoints import COMMON, SERVED, VOCAB_SIZE, make_checkpoint
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from compute_service import attention
+from compute_service.attention_record import check_calls, record
 from compute_service.device import open_device
 from compute_service.fast_paths import FastPaths
+from compute_service.forward import ForwardPass
 from compute_service.fused_ops import fuse
 from compute_service.model_loader import load_model
+from kernels.batch import PagedBatch
+from kernels.launcher import Kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
+    from quire.pool_layout import LayerGeometry
+
 NUM_LAYERS = COMMON["num_hidden_layers"]
 
 
+BLOCK_SIZE = 4
+NUM_BLOCKS = 12
+
+
 def make_model(model_type: str) -> Any:
+    """With our attention in place, as it is when a model is loaded."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**COMMON, **SERVED[model_type]})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -36,6 +49,8 @@ def make_model(model_type: str) -> Any:
                 (0.0, 1.6 / parameter.shape[-1] ** 0.5) if parameter.dim() > 1 else (0.8, 0.3)
             )
             parameter.normal_(mean, spread)
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
     return model
 
 
@@ -47,37 +62,57 @@ def fused(model: nn.Module) -> Mapping[str, Any]:
     return entry
 
 
-@torch.inference_mode()
-def logits(model: Any, num_tokens: int) -> Tensor:
-    token_ids = torch.arange(num_tokens)[None] * 7 % VOCAB_SIZE
-    found: Tensor = model(token_ids, use_cache=False).logits[0].float()
-    return found
+def logits(model: Any, layers: Sequence[LayerGeometry], num_tokens: int) -> Tensor:
+    """Of one sequence through block tables."""
+    caches = [
+        tuple(
+            torch.zeros(NUM_BLOCKS, BLOCK_SIZE, layer.num_kv_heads, size, dtype=torch.bfloat16)
+            for size in (layer.k_head_dim, layer.v_head_dim)
+        )
+        for layer in layers
+    ]
+    positions = torch.arange(num_tokens)
+    batch = PagedBatch(
+        block_tables=torch.arange(NUM_BLOCKS, dtype=torch.int32)[None],
+        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
+        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        slot_mapping=positions,
+        num_decodes=int(num_tokens == 1),
+        max_query_len=num_tokens,
+        max_context_len=num_tokens,
+    )
+    forward = ForwardPass(model, Kernels.for_device(torch.device("cpu")), caches)
+    return forward(positions * 7 % VOCAB_SIZE, positions, batch, positions).float()
 
 
 @pytest.mark.parametrize(
-    ("model_type", "norms", "gates", "rotaries"),
+    ("model_type", "norms", "gates", "attentions"),
     [
         ("llama", 2, 1, 1),
         ("qwen2", 2, 1, 1),
         ("qwen3", 4, 1, 1),  # heads are normed too
-        ("gemma2", 4, 1, 1),
+        ("gemma2", 4, 1, 1),  # scores are capped
         ("gemma3_text", 6, 1, 1),
-        ("olmo2", 4, 1, 1),
+        ("olmo2", 4, 1, 0),  # norms before heads are told apart
         ("mixtral", 2, 0, 1),
-        ("deepseek_v3", 4, 1, 1),
+        ("deepseek_v3", 4, 1, 0),  # queries and keys from latents
     ],
 )
-def test_logits_are_the_models_own(model_type: str, norms: int, gates: int, rotaries: int) -> None:
+def test_logits_are_the_models_own(
+    model_type: str, norms: int, gates: int, attentions: int
+) -> None:
     """What a layer has is replaced in every layer, and the logits are those of plain torch up to rounding."""
     model = make_model(model_type)
-    plain = [logits(model, num_tokens) for num_tokens in (1, 40)]
+    layers = check_calls(model, record(model, torch.arange(5)))
+    plain = [logits(model, layers, num_tokens) for num_tokens in (1, 40)]
     entry = fused(model)
     assert entry["norms"] == norms * NUM_LAYERS + 1
     assert entry["gates"] == gates * NUM_LAYERS
-    assert entry["rotaries"] == rotaries * NUM_LAYERS
+    assert entry["attentions"] == attentions * NUM_LAYERS
+    assert entry["rotaries"] == (1 - attentions) * NUM_LAYERS
     assert entry["kept"] == []
     for expected in plain:
-        found = logits(model, len(expected))
+        found = logits(model, layers, len(expected))
         assert (found - expected).abs().max() < 0.02 * expected.abs().max()
         assert (found.argmax(1) == expected.argmax(1)).float().mean() >= 0.95
 
@@ -153,12 +188,62 @@ def test_an_mlp_that_computes_otherwise_is_kept() -> None:
     assert entry["kept"] == ["ScaledMLP"]
 
 
-def test_rotary_positions_that_pair_otherwise_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function is asked for numbers, not for its name."""
+class ScaledAttention(modeling_llama.LlamaAttention):
+    """Scales queries by three percent."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        scale = self.scaling * self.factor(**kwargs)
+        output, _ = attention.attend(
+            self, query * scale, key, value, attention_mask, scaling=1.0, **kwargs
+        )
+        return self.o_proj(output.flatten(2)), None
+
+    def factor(self, **_: Any) -> float:
+        return 1.03
+
+
+class FarSightedAttention(ScaledAttention):
+    """Scales queries at far positions."""
+
+    def factor(self, *, position_ids: Tensor, **_: Any) -> float:
+        return 1.03 if int(position_ids.max()) > 10_000 else 1.0
+
+
+@pytest.mark.parametrize("attention_class", [ScaledAttention, FarSightedAttention])
+def test_attention_that_asks_otherwise_keeps_its_code(
+    attention_class: type[ScaledAttention],
+) -> None:
+    """Its projections stay three, as its code wants them; its heads may be turned by ours."""
+    model = make_model("llama")
+    model.model.layers[0].self_attn.__class__ = attention_class
+    entry = fused(model)
+    assert entry["attentions"] == NUM_LAYERS - 1
+    assert hasattr(model.model.layers[0].self_attn, "q_proj")
+    assert not hasattr(model.model.layers[0].self_attn, "qkv_proj")
+
+
+def test_rotary_positions_that_pair_otherwise_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function is asked for numbers, not for its name; products are joined around it."""
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", turn_neighbours)
-    entry = fused(make_model("llama"))
+    model = make_model("llama")
+    layers = check_calls(model, record(model, torch.arange(5)))
+    expected = logits(model, layers, 40)
+    entry = fused(model)
     assert entry["rotaries"] == 0
-    assert entry["kept"] == ["LlamaAttention"]
+    assert entry["attentions"] == NUM_LAYERS
+    assert (logits(model, layers, 40) - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_models_in_float32_stay_as_they_are() -> None:
