@@ -35,21 +35,19 @@ class PagedContext:
 
         Args:
             layer_idx: names the cache.
-            query: `[1, num_heads, T, k_head_dim]`.
-            key: `[1, num_kv_heads, T, k_head_dim]`.
-            value: `[1, num_kv_heads, T, v_head_dim]`.
+            query: `[T, num_heads, k_head_dim]`.
+            key: `[T, num_kv_heads, k_head_dim]`.
+            value: `[T, num_kv_heads, v_head_dim]`.
             params: how keys are scored.
 
         Returns:
-            `[1, T, num_heads, v_head_dim]`.
+            `[T, num_heads, v_head_dim]`.
         """
         key_cache, value_cache = self.caches[layer_idx]
-        queries, keys, values = (
-            found[0].transpose(0, 1).to(key_cache.dtype) for found in (query, key, value)
-        )
-        self.kernels.store_kv(keys, values, key_cache, value_cache, self.batch.slot_mapping)
-        output = self.kernels.paged_attention(queries, key_cache, value_cache, self.batch, params)
-        return output.unsqueeze(0).to(query.dtype)
+        if query.dtype is not key_cache.dtype:
+            query, key, value = (found.to(key_cache.dtype) for found in (query, key, value))
+        self.kernels.store_kv(key, value, key_cache, value_cache, self.batch.slot_mapping)
+        return self.kernels.paged_attention(query, key_cache, value_cache, self.batch, params)
 
 
 def attend(
@@ -70,9 +68,9 @@ def attend(
 
     Args:
         module: the attention layer, with a `layer_idx`.
-        query: see there.
-        key: see there.
-        value: see there.
+        query: `[1, num_heads, T, k_head_dim]`.
+        key: `[1, num_kv_heads, T, k_head_dim]`.
+        value: `[1, num_kv_heads, T, v_head_dim]`.
         attention_mask: None; the batch says who sees what.
         paged: block tables and caches of this pass.
         scaling: factor of the dot product; None: `k_head_dim ** -0.5`.
@@ -89,7 +87,9 @@ def attend(
         soft_cap=softcap or 0.0,
         sinks=s_aux,
     )
-    return paged.attend(int(module.layer_idx), query, key, value, params), None  # type: ignore[arg-type]
+    packed = (found[0].transpose(0, 1) for found in (query, key, value))
+    output = paged.attend(int(module.layer_idx), *packed, params)  # type: ignore[arg-type]
+    return output.unsqueeze(0).to(query.dtype), None
 
 
 def register() -> None:

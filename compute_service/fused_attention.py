@@ -35,7 +35,7 @@ _FAR_POSITION: Final = 1 << 20
 
 
 class _Recorder:
-    """In place of a `PagedContext`: keeps what it is asked, and answers with numbers."""
+    """In place of a `PagedContext`: keeps what it is asked, and answers with numbers of its own."""
 
     def __init__(self) -> None:
         self.asked: tuple[Tensor, ...] = ()
@@ -46,8 +46,10 @@ class _Recorder:
     ) -> Tensor:
         """As `PagedContext.attend`."""
         self.asked, self.params = (query, key, value), params
-        num_heads, num_tokens, size = query.shape[1], query.shape[2], value.shape[3]
-        return random_rows(num_heads * size)[:, -num_tokens:].unflatten(-1, (num_heads, size))
+        num_tokens, num_heads, _ = query.shape
+        return random_rows(num_heads * value.shape[2])[0, -num_tokens:].unflatten(
+            -1, (num_heads, -1)
+        )
 
 
 def fuse_attention(module: Any, rotary: Rotary) -> Attention | None:  # noqa: ANN401 -- nn.Module's attributes have no types
@@ -55,7 +57,7 @@ def fuse_attention(module: Any, rotary: Rotary) -> Attention | None:  # noqa: AN
 
     Args:
         module: the layer, in bfloat16, which calls the attention function that `compute_service.attention` registers.
-        rotary: turns queries and keys as the layer does.
+        rotary: turns queries and keys, `[T, heads, head_dim]`, as the layer does.
     """
     if not set(inspect.signature(module.forward).parameters) <= _KNOWN_ARGUMENTS:
         return None
@@ -78,7 +80,7 @@ def _joined_forward(
     rotary: Rotary,
     params: AttentionParams,
 ) -> Attention:
-    layer_idx, head_dim = int(module.layer_idx), int(module.head_dim)
+    layer_idx, head_dim, num_all_heads = int(module.layer_idx), int(module.head_dim), sum(num_heads)
     has_norms = hasattr(module, "q_norm")
 
     def forward(
@@ -88,13 +90,13 @@ def _joined_forward(
         paged: Any,  # noqa: ANN401 -- a PagedContext or what records
         **_others: object,
     ) -> tuple[Tensor, None]:
-        heads = module.qkv_proj(hidden_states).unflatten(-1, (-1, head_dim)).transpose(1, 2)
-        query, key, value = heads.split(num_heads, 1)
+        heads = module.qkv_proj(hidden_states).view(-1, num_all_heads, head_dim)
+        query, key, value = heads.split_with_sizes(num_heads, 1)
         if has_norms:
             query, key = module.q_norm(query), module.k_norm(key)
         query, key = rotary(query, key, *position_embeddings)
         output = paged.attend(layer_idx, query, key, value, params)
-        return module.o_proj(output.flatten(2)), None
+        return module.o_proj(output.flatten(1)[None]), None
 
     return forward
 

@@ -23,6 +23,8 @@ from kernels.small_ops import Activation, NormStyle
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from compute_service.fused_attention import Rotary
+
 _ROTARY: Final = "apply_rotary_pos_emb"  # a global function of nearly every modeling file
 _EPS_NAMES: Final = ("variance_epsilon", "eps")
 
@@ -76,7 +78,7 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[...
         if theirs not in rotaries:
             rotaries[theirs] = _if_callable(_fused_rotary, theirs)
         rotary = rotaries[theirs]
-        whole = _if_callable(fuse_attention, module, rotary or theirs)
+        whole = _if_callable(fuse_attention, module, _by_tokens(theirs, is_fused=bool(rotary)))
         if whole is not None:
             yield "attentions", module, whole
         else:
@@ -147,6 +149,19 @@ def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any] | None:
     arguments = _random_rotary_arguments()
     agreeing = map(agree, ours(*arguments), theirs(*arguments))
     return ours if all(agreeing) else None
+
+
+def _by_tokens(theirs: Callable[..., Any], *, is_fused: bool) -> Rotary:
+    """As `theirs`, of queries and keys `[T, heads, head_dim]`."""
+
+    def ours(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        # A model may turn a part of each head alone.
+        if is_fused and cos.shape[-1] == query.shape[-1] and cos.dtype is torch.bfloat16:
+            return numba_small_ops.rotate_tokens(query, key, cos, sin)
+        turned = theirs(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
+        return turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1)
+
+    return ours
 
 
 def _can_rotate(q: Tensor, k: Tensor, cos: Tensor) -> bool:

@@ -167,19 +167,29 @@ def rotate(query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor) -> tuple[
 
     The results' memory is `[1, T, heads, head_dim]`, as the attention kernels want it.
     """
+    by_tokens = rotate_tokens(query[0].transpose(0, 1), key[0].transpose(0, 1), cosines, sines)
+    return by_tokens[0].transpose(0, 1)[None], by_tokens[1].transpose(0, 1)[None]
+
+
+def rotate_tokens(
+    query: Tensor, key: Tensor, cosines: Tensor, sines: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `rotate`, of `[T, heads, head_dim]`."""
     assert query.dtype is key.dtype is cosines.dtype is sines.dtype is torch.bfloat16
-    return _rotated(query, cosines, sines), _rotated(key, cosines, sines)
+    cos_at, sin_at = cosines.data_ptr(), sines.data_ptr()
+    return _rotated(query, cos_at, sin_at), _rotated(key, cos_at, sin_at)
 
 
-def _rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    _, heads, tokens, size = x.shape
-    out = torch.empty((1, tokens, heads, size), dtype=torch.bfloat16)
+def _rotated(x: Tensor, cos_at: int, sin_at: int) -> Tensor:
+    tokens, heads, size = x.shape
+    out = torch.empty((tokens, heads, size), dtype=torch.bfloat16)
+    token_stride, head_stride, _ = x.stride()
     what = (
-        *(x.data_ptr(), x.stride(1), x.stride(2), heads),
-        *(cosines.data_ptr(), sines.data_ptr(), out.data_ptr(), size),
+        *(x.data_ptr(), head_stride, token_stride, heads),
+        *(cos_at, sin_at, out.data_ptr(), size),
     )
     if heads * tokens * size < _MANY_TO_ROTATE:
         _rotate_tokens(*what, 0, tokens)
     else:
         _rotate_parts(*what, tokens, numba.get_num_threads())
-    return out.transpose(1, 2)
+    return out
