@@ -6,7 +6,7 @@ read from a name alone: ours has to give what theirs gives on random input.
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from compute_service.equivalence import agree, random_rows
-from compute_service.fused_attention import fuse_attention
+from compute_service.fused_attention import TokenRotary, fuse_attention
 from compute_service.joined_linear import join_if
 from kernels import numba_small_ops
+from kernels.numba_layer import Norm
 from kernels.small_ops import Activation, NormStyle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from compute_service.fused_attention import Rotary
 
 _ROTARY: Final = "apply_rotary_pos_emb"  # a global function of nearly every modeling file
 _EPS_NAMES: Final = ("variance_epsilon", "eps")
@@ -78,7 +77,8 @@ def _attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable[...
         if theirs not in rotaries:
             rotaries[theirs] = _if_callable(_fused_rotary, theirs)
         rotary = rotaries[theirs]
-        whole = _if_callable(fuse_attention, module, _by_tokens(theirs, is_fused=bool(rotary)))
+        by_tokens = TokenRotary(theirs, is_fused=rotary is not None)
+        whole = _if_callable(fuse_attention, module, by_tokens)
         if whole is not None:
             yield "attentions", module, whole
         else:
@@ -102,39 +102,56 @@ def _eps(module: nn.Module) -> float | None:
     return found[0] if found and isinstance(found[0], float) else None
 
 
-def _fused_norm(module: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 -- nn.Module's attributes have no types
+@dataclass(frozen=True, slots=True)
+class FusedNorm:
+    """The forward of a norm."""
+
+    norm: Norm
+    theirs: Callable[[Tensor], Tensor]  # of what is not bfloat16
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As theirs."""
+        if x.dtype is not torch.bfloat16:
+            return self.theirs(x)
+        return numba_small_ops.rms_norm(x, self.norm.weight, self.norm.eps, self.norm.style)
+
+
+def _fused_norm(module: Any) -> FusedNorm | None:  # noqa: ANN401 -- nn.Module's attributes have no types
     weight, theirs, eps = module.weight.detach(), module.forward, _eps(module)
     if weight.dtype is not torch.bfloat16 or weight.dim() != 1 or eps is None:
         return None
     x = random_rows(len(weight))
-
-    def ours(style: NormStyle, x: Tensor) -> Tensor:
-        if x.dtype is not torch.bfloat16:
-            plain: Tensor = theirs(x)
-            return plain
-        return numba_small_ops.rms_norm(x, weight, eps, style)
-
     expected = theirs(x)
-    styles = (style for style in NormStyle if agree(ours(style, x), expected))
-    return next((partial(ours, style) for style in styles), None)
+    norms = (FusedNorm(Norm(weight, eps, style), theirs) for style in NormStyle)
+    return next((found for found in norms if agree(found(x), expected)), None)
 
 
-def _fused_mlp(module: Any) -> Callable[[Tensor], Tensor] | None:  # noqa: ANN401 -- as above
+@dataclass(frozen=True, slots=True)
+class FusedMlp:
+    """The forward of a gated MLP whose first two products are one."""
+
+    module: Any
+    activation: Activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As theirs."""
+        gates, up = self.module.gate_up_proj(x).chunk(2, -1)
+        output: Tensor = self.module.down_proj(numba_small_ops.gate(gates, up, self.activation))
+        return output
+
+
+def _fused_mlp(module: Any) -> FusedMlp | None:  # noqa: ANN401 -- as above
     # Two rows say enough of a sum over all of them, and torch's own products take their time.
     x = random_rows(module.gate_proj.in_features)[:, 1:3]
     expected = module.forward(x)
-
-    def ours(activation: Activation, x: Tensor) -> Tensor:
-        gates, up = module.gate_up_proj(x).chunk(2, -1)
-        output: Tensor = module.down_proj(numba_small_ops.gate(gates, up, activation))
-        return output
-
-    def same(activation: Activation) -> bool:
-        return agree(ours(activation, x), expected)
-
     for activation in Activation:
-        if join_if(module, ("gate_proj", "up_proj"), "gate_up_proj", partial(same, activation)):
-            return partial(ours, activation)
+        fused = FusedMlp(module, activation)
+
+        def is_same(fused: FusedMlp = fused) -> bool:
+            return agree(fused(x), expected)
+
+        if join_if(module, ("gate_proj", "up_proj"), "gate_up_proj", is_same):
+            return fused
     return None
 
 
@@ -149,19 +166,6 @@ def _fused_rotary(theirs: Callable[..., Any]) -> Callable[..., Any] | None:
     arguments = _random_rotary_arguments()
     agreeing = map(agree, ours(*arguments), theirs(*arguments))
     return ours if all(agreeing) else None
-
-
-def _by_tokens(theirs: Callable[..., Any], *, is_fused: bool) -> Rotary:
-    """As `theirs`, of queries and keys `[T, heads, head_dim]`."""
-
-    def ours(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        # A model may turn a part of each head alone.
-        if is_fused and cos.shape[-1] == query.shape[-1] and cos.dtype is torch.bfloat16:
-            return numba_small_ops.rotate_tokens(query, key, cos, sin)
-        turned = theirs(query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin)
-        return turned[0][0].transpose(0, 1), turned[1][0].transpose(0, 1)
-
-    return ours
 
 
 def _can_rotate(q: Tensor, k: Tensor, cos: Tensor) -> bool:

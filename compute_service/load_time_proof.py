@@ -51,7 +51,7 @@ def prove(
         recorder = record(model, token_ids)
     layers = check_calls(model, recorder)
     device.wait_for_kernels()
-    fast_paths.apply(model)
+    fast_paths.apply(model, device.kernels)
     with refusing("it does not run through block tables"):
         probe = PagedProbe(model, device.kernels, layers, token_ids)
         probe.check_logits(expected, _CUTS)

@@ -32,11 +32,11 @@ class PanelLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self._packed = numba_linear.pack(weight, bias)
+        self.packed = numba_linear.pack(weight, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """As `nn.Linear`."""
-        return numba_linear.linear(x, self._packed)
+        return numba_linear.linear(x, self.packed)
 
 
 class OneDnnLinear(nn.Module):

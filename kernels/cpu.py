@@ -21,7 +21,7 @@ class CpuOperations:
 
     def __init__(self) -> None:
         num_threads = numba_attention.set_num_threads(torch.get_num_threads())
-        self._paged_attention = numba_attention.PagedAttention(num_threads)
+        self.numba_attention = numba_attention.PagedAttention(num_threads)
 
     def store_kv(
         self,
@@ -57,4 +57,4 @@ class CpuOperations:
         """See `kernels.reference.paged_attention`."""
         if not numba_attention.is_supported(key_cache, value_cache):
             return reference.paged_attention(query, key_cache, value_cache, batch, params)
-        return self._paged_attention(query, key_cache, value_cache, batch, params)
+        return self.numba_attention(query, key_cache, value_cache, batch, params)

@@ -23,7 +23,7 @@ from kernels.numba_ir import CHUNK
 from kernels.numba_layout import LOG2_E, jitted, read_job
 from kernels.numba_prefill import lay_out, panels_together, prefill_tile
 from kernels.numba_products import PART, ROWS
-from kernels.numba_rows import call, int32_at, put_float, take
+from kernels.numba_rows import call, int32_at, put_float, put_int64, take
 from kernels.numba_setup import cfunc, njit, prange
 
 if TYPE_CHECKING:
@@ -147,13 +147,16 @@ def _worker(dtype: torch.dtype) -> CFunc:
 
 
 @njit(parallel=True, cache=True)
-def _launch(function, argument, num_threads):
-    """Call a function on each thread.
+def launch(worker, job, num_threads):
+    """Run a job's tasks on each thread.
 
-    Through its address: else its code would be optimised once more with that of each caller.
+    The worker is called through its address: else its code would be optimised once more with that of each caller.
     """
+    layout, counters, _ = read_job(job)
+    for index in range(1 + layout.num_decodes * layout.num_kv_heads):
+        put_int64(counters, index, 0)
     for _thread in prange(num_threads):
-        call(function, argument)
+        call(worker, job)
 
 
 def is_supported(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
@@ -162,7 +165,7 @@ def is_supported(key_cache: torch.Tensor, value_cache: torch.Tensor) -> bool:
     return key_cache.dtype == torch.float32 or (key_cache.dtype == torch.bfloat16 and is_even)
 
 
-class _Job:
+class Job:
     """What a launch is told, and the memory that it works in; layers of a step that attend alike share it.
 
     The first numbers are of one layer: where its query, caches and output lie.
@@ -170,13 +173,14 @@ class _Job:
 
     def __init__(
         self,
-        query: torch.Tensor,
+        query_shape: tuple[int, int, int],
+        dtype: torch.dtype,
         value_cache: torch.Tensor,
         batch: PagedBatch,
         params: AttentionParams,
         num_threads: int,
     ) -> None:
-        _, num_heads, k_dim = query.shape
+        _, num_heads, k_dim = query_shape
         _, block_size, num_kv_heads, v_dim = value_cache.shape
         self._tables = batch.block_tables.contiguous()
         window = params.sliding_window or batch.max_context_len
@@ -185,7 +189,7 @@ class _Job:
         self._states = np.empty(num_states, np.float32)
         self._counters = np.zeros(1 + batch.num_decodes * num_kv_heads, np.int64)
         self._scores = np.array([params.scale, params.soft_cap], np.float32) * LOG2_E
-        self._worker = _worker(query.dtype).address
+        self.worker: int = _worker(dtype).address
         self._num_threads = num_threads
         of_layer = [0] * 7
         self._numbers = np.array(
@@ -202,7 +206,7 @@ class _Job:
                 k_dim,
                 v_dim,
                 block_size,
-                query.itemsize,
+                dtype.itemsize,
                 window,
                 num_threads,
                 self._scores.ctypes.data,
@@ -211,22 +215,21 @@ class _Job:
             ],
             np.int64,
         )
-        self._address = self._numbers.ctypes.data
+        self.address: int = self._numbers.ctypes.data
 
     def run(self, *of_layer: int) -> None:
         """Attend in a layer: the first seven numbers of `kernels.numba_layout.Layout`."""
         self._numbers[:7] = of_layer
-        self._counters.fill(0)
-        _launch(self._worker, self._address, self._num_threads)
+        launch(self.worker, self.address, self._num_threads)
 
 
 class PagedAttention:
     """Attends on `num_threads` threads, for one caller at a time; what the layers of a step share is laid out once."""
 
     def __init__(self, num_threads: int) -> None:
-        self._num_threads = num_threads
+        self.num_threads = num_threads
         self._batch: PagedBatch | None = None
-        self._jobs: dict[tuple[object, ...], _Job] = {}
+        self._jobs: dict[tuple[object, ...], Job] = {}
 
     def __call__(
         self,
@@ -242,7 +245,7 @@ class PagedAttention:
         query = query if query.stride(2) == 1 else query.contiguous()
         sinks = None if params.sinks is None else params.sinks.detach().float().contiguous()
         out = query.new_empty(*query.shape[:2], value_cache.shape[3])
-        self._job(query, value_cache, batch, params).run(
+        self.job(query.shape, query.dtype, value_cache, batch, params).run(
             query.data_ptr(),
             query.stride(0),
             query.stride(1),
@@ -253,20 +256,23 @@ class PagedAttention:
         )
         return out
 
-    def _job(
+    def job(
         self,
-        query: torch.Tensor,
+        query_shape: tuple[int, ...],
+        dtype: torch.dtype,
         value_cache: torch.Tensor,
         batch: PagedBatch,
         params: AttentionParams,
-    ) -> _Job:
+    ) -> Job:
+        """The one of all layers of `batch` that attend alike; what is of a layer has to be filled in."""
         if batch is not self._batch:
             self._batch, self._jobs = batch, {}
         how = (params.scale, params.soft_cap, params.sliding_window)
-        kind = (query.shape, value_cache.shape, query.dtype, *how)
+        kind = (query_shape, value_cache.shape, dtype, *how)
         job = self._jobs.get(kind)
         if job is None:
-            job = self._jobs[kind] = _Job(query, value_cache, batch, params, self._num_threads)
+            job = Job(query_shape, dtype, value_cache, batch, params, self.num_threads)
+            self._jobs[kind] = job
         return job
 
 

@@ -55,7 +55,7 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
         multiply_row(x.data_ptr(), weight.depth, *places)
     else:
         wide = x.float()
-        _multiply(wide.data_ptr(), num_rows, weight.depth, *places)
+        multiply(wide.data_ptr(), num_rows, weight.depth, *places)
     is_whole = weight.num_panels * PANEL == weight.num_outputs
     return out if is_whole else out[..., : weight.num_outputs].contiguous()
 
@@ -117,7 +117,7 @@ def _multiply_panel(x_at, num_rows, depth, panel_at, bias_at, out_at, out_stride
 
 
 @njit(parallel=True, error_model="numpy", cache=True)
-def _multiply(x_at, num_rows, depth, panels_at, num_panels, bias_at, out_at):
+def multiply(x_at, num_rows, depth, panels_at, num_panels, bias_at, out_at):
     for panel in prange(num_panels):
         _multiply_panel(
             x_at,

@@ -50,6 +50,16 @@ def bf16_pointer(_typing_context, address):
 
 
 @intrinsic
+def float_pointer(_typing_context, address):
+    """A pointer to float32."""
+
+    def convert(_context, builder, _signature, arguments):
+        return builder.inttoptr(arguments[0], ir.FloatType().as_pointer())
+
+    return types.CPointer(types.float32)(address), convert  # type: ignore[attr-defined]
+
+
+@intrinsic
 def as_int(_typing_context, value):
     """The bits of a float32."""
 

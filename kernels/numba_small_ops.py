@@ -16,6 +16,7 @@ import torch
 from kernels.numba_scalars import (
     OPTIONS,
     bf16_pointer,
+    float_pointer,
     gelu_tanh,
     narrow,
     silu,
@@ -39,7 +40,8 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
 @njit(error_model="numpy", fastmath={"contract", "reassoc"}, cache=True)
-def _norm_rows(x_at, weight_at, out_at, size, eps, style, begin, end):
+def norm_some(x_at, weight_at, out_at, size, eps, style, begin, end):
+    """Norm the rows `[begin, end)`; in place where out is x."""
     weight = carray(bf16_pointer(weight_at), size)
     for row in range(begin, end):
         x = carray(bf16_pointer(x_at + 2 * row * size), size)
@@ -61,11 +63,20 @@ def _norm_rows(x_at, weight_at, out_at, size, eps, style, begin, end):
 def _norm_parts(x_at, weight_at, out_at, size, eps, style, rows, parts):
     for part in prange(parts):
         begin, end = part * rows // parts, (part + 1) * rows // parts
-        _norm_rows(x_at, weight_at, out_at, size, eps, style, begin, end)
+        norm_some(x_at, weight_at, out_at, size, eps, style, begin, end)
+
+
+@njit(cache=True)
+def norm_rows(x_at, weight_at, out_at, size, eps, style, rows, parts):
+    """See `rms_norm`."""
+    if parts == 1:
+        norm_some(x_at, weight_at, out_at, size, eps, style, 0, rows)
+    else:
+        _norm_parts(x_at, weight_at, out_at, size, eps, style, rows, parts)
 
 
 @njit(cache=True, **OPTIONS)
-def _gate_rows(x_at, x_stride, up_at, up_stride, out_at, size, activation, begin, end):
+def _gate_some(x_at, x_stride, up_at, up_stride, out_at, size, activation, begin, end):
     for row in range(begin, end):
         x = carray(bf16_pointer(x_at + 2 * row * x_stride), size)
         up = carray(bf16_pointer(up_at + 2 * row * up_stride), size)
@@ -82,7 +93,16 @@ def _gate_rows(x_at, x_stride, up_at, up_stride, out_at, size, activation, begin
 def _gate_parts(x_at, x_stride, up_at, up_stride, out_at, size, activation, rows, parts):
     for part in prange(parts):
         begin, end = part * rows // parts, (part + 1) * rows // parts
-        _gate_rows(x_at, x_stride, up_at, up_stride, out_at, size, activation, begin, end)
+        _gate_some(x_at, x_stride, up_at, up_stride, out_at, size, activation, begin, end)
+
+
+@njit(cache=True)
+def gate_rows(x_at, x_stride, up_at, up_stride, out_at, size, activation, rows, parts):
+    """See `gate`."""
+    if parts == 1:
+        _gate_some(x_at, x_stride, up_at, up_stride, out_at, size, activation, 0, rows)
+    else:
+        _gate_parts(x_at, x_stride, up_at, up_stride, out_at, size, activation, rows, parts)
 
 
 @njit(cache=True, **OPTIONS)
@@ -98,9 +118,7 @@ def _rotate_head(x_at, cos_at, sin_at, out_at, half):
 
 
 @njit(cache=True, **OPTIONS)
-def _rotate_tokens(
-    x_at, head_stride, token_stride, heads, cos_at, sin_at, out_at, size, begin, end
-):
+def _rotate_some(x_at, head_stride, token_stride, heads, cos_at, sin_at, out_at, size, begin, end):
     for token in range(begin, end):
         at = 2 * token * size
         for head in range(heads):
@@ -115,19 +133,78 @@ def _rotate_parts(
 ):
     for part in prange(parts):
         begin, end = part * tokens // parts, (part + 1) * tokens // parts
-        _rotate_tokens(
+        _rotate_some(
             x_at, head_stride, token_stride, heads, cos_at, sin_at, out_at, size, begin, end
         )
 
 
+@njit(cache=True)
+def rotate_heads(
+    x_at, head_stride, token_stride, heads, cos_at, sin_at, out_at, size, tokens, parts
+):
+    """Half of `rotate_tokens`."""
+    what = (x_at, head_stride, token_stride, heads, cos_at, sin_at, out_at, size)
+    if parts == 1:
+        _rotate_some(*what, 0, tokens)
+    else:
+        _rotate_parts(*what, tokens, parts)
+
+
+@njit(cache=True, **OPTIONS)
+def _widen_some(x_at, out_at, begin, end):
+    x, out = carray(bf16_pointer(x_at), end), carray(float_pointer(out_at), end)
+    for i in range(begin, end):
+        out[i] = widen(x[i])
+
+
+@njit(parallel=True, cache=True)
+def _widen_parts(x_at, out_at, count, parts):
+    for part in prange(parts):
+        _widen_some(x_at, out_at, part * count // parts, (part + 1) * count // parts)
+
+
+@njit(cache=True)
+def widen_all(x_at, out_at, count, parts):
+    """Write `count` bfloat16 as float32."""
+    if parts == 1:
+        _widen_some(x_at, out_at, 0, count)
+    else:
+        _widen_parts(x_at, out_at, count, parts)
+
+
+@njit(cache=True, **OPTIONS)
+def _add_some(x_at, more_at, begin, end):
+    x, more = carray(bf16_pointer(x_at), end), carray(bf16_pointer(more_at), end)
+    for i in range(begin, end):
+        x[i] = narrow(widen(x[i]) + widen(more[i]))
+
+
+@njit(parallel=True, cache=True)
+def _add_parts(x_at, more_at, count, parts):
+    for part in prange(parts):
+        _add_some(x_at, more_at, part * count // parts, (part + 1) * count // parts)
+
+
+@njit(cache=True)
+def add_all(x_at, more_at, count, parts):
+    """Add `count` bfloat16 to others."""
+    if parts == 1:
+        _add_some(x_at, more_at, 0, count)
+    else:
+        _add_parts(x_at, more_at, count, parts)
+
+
 def compile_all() -> None:
     """Compile every kernel, or fetch it from the cache, by calls that have nothing to do: no step waits for that."""
-    _norm_rows(0, 0, 0, 1, 0.0, 0, 0, 0)
-    _norm_parts(0, 0, 0, 1, 0.0, 0, 0, 1)
-    _gate_rows(0, 0, 0, 0, 0, 1, 0, 0, 0)
-    _gate_parts(0, 0, 0, 0, 0, 1, 0, 0, 1)
-    _rotate_tokens(0, 0, 0, 0, 0, 0, 0, 1, 0, 0)
-    _rotate_parts(0, 0, 0, 0, 0, 0, 0, 1, 0, 1)
+    norm_rows(0, 0, 0, 1, 0.0, 0, 0, 1)
+    gate_rows(0, 0, 0, 0, 0, 1, 0, 0, 1)
+    rotate_heads(0, 0, 0, 0, 0, 0, 0, 1, 0, 1)
+
+
+def _parts(count: int, many: int) -> int:
+    """Of an operation on so many elements."""
+    threads: int = numba.get_num_threads()
+    return 1 if count < many else threads
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
@@ -138,10 +215,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
     size, count = x.shape[-1], x.numel()
     rows = count // size
     what = (x.data_ptr(), weight.data_ptr(), out.data_ptr(), size, eps, int(style))
-    if count < _MANY_TO_NORM:
-        _norm_rows(*what, 0, rows)
-    else:
-        _norm_parts(*what, rows, numba.get_num_threads())
+    norm_rows(*what, rows, _parts(count, _MANY_TO_NORM))
     return out
 
 
@@ -155,10 +229,7 @@ def gate(x: Tensor, up: Tensor, activation: Activation) -> Tensor:
         *(x.data_ptr(), x.stride(-2), up.data_ptr(), up.stride(-2)),
         *(out.data_ptr(), size, int(activation)),
     )
-    if rows * size < _MANY_TO_GATE:
-        _gate_rows(*what, 0, rows)
-    else:
-        _gate_parts(*what, rows, numba.get_num_threads())
+    gate_rows(*what, rows, _parts(rows * size, _MANY_TO_GATE))
     return out
 
 
@@ -188,8 +259,5 @@ def _rotated(x: Tensor, cos_at: int, sin_at: int) -> Tensor:
         *(x.data_ptr(), head_stride, token_stride, heads),
         *(cos_at, sin_at, out.data_ptr(), size),
     )
-    if heads * tokens * size < _MANY_TO_ROTATE:
-        _rotate_tokens(*what, 0, tokens)
-    else:
-        _rotate_parts(*what, tokens, numba.get_num_threads())
+    rotate_heads(*what, tokens, _parts(heads * tokens * size, _MANY_TO_ROTATE))
     return out

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @njit(cache=True, error_model="numpy")
-def _store(source, token_stride, head_stride, cache, slots, num_tokens, num_heads, size):
+def store_heads(source, token_stride, head_stride, cache, slots, num_tokens, num_heads, size):
     """Copy heads of `size` bytes to their slots; strides are in bytes too."""
     for token in range(num_tokens):
         slot = int64_at(slots, token)
@@ -38,4 +38,4 @@ def store(new: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor) ->
     slots, width = slot_mapping.contiguous(), new.itemsize
     token_stride, head_stride = new.stride(0) * width, new.stride(1) * width
     places = (new.data_ptr(), token_stride, head_stride, cache.data_ptr(), slots.data_ptr())
-    _store(*places, num_tokens, num_heads, dim * width)
+    store_heads(*places, num_tokens, num_heads, dim * width)
