@@ -144,7 +144,11 @@ def _load(settings: ComputeSettings, device: ComputeDevice, tally: EngineTally) 
         max_model_len=settings.max_model_len,
         trust_remote_code=settings.trust_remote_code,
         device=device,
-        fast_paths=FastPaths(packed_weights=settings.packed_weights, fused_ops=settings.fused_ops),
+        fast_paths=FastPaths(
+            packed_weights=settings.packed_weights,
+            fused_ops=settings.fused_ops,
+            fused_layers=settings.fused_layers,
+        ),
     )
     tally.model_loaded(loaded, time.monotonic() - started)
     _logger.info("model_loaded", seconds=round(time.monotonic() - started, 1))

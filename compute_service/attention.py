@@ -41,13 +41,15 @@ class PagedContext:
             params: how keys are scored.
 
         Returns:
-            `[T, num_heads, v_head_dim]`.
+            `[T, num_heads, v_head_dim]`, of the query's dtype.
         """
         key_cache, value_cache = self.caches[layer_idx]
-        if query.dtype is not key_cache.dtype:
+        dtype = query.dtype
+        if dtype is not key_cache.dtype:
             query, key, value = (found.to(key_cache.dtype) for found in (query, key, value))
         self.kernels.store_kv(key, value, key_cache, value_cache, self.batch.slot_mapping)
-        return self.kernels.paged_attention(query, key_cache, value_cache, self.batch, params)
+        output = self.kernels.paged_attention(query, key_cache, value_cache, self.batch, params)
+        return output if output.dtype is dtype else output.to(dtype)
 
 
 def attend(
@@ -87,9 +89,9 @@ def attend(
         soft_cap=softcap or 0.0,
         sinks=s_aux,
     )
-    packed = (found[0].transpose(0, 1) for found in (query, key, value))
-    output = paged.attend(int(module.layer_idx), *packed, params)  # type: ignore[arg-type]
-    return output.unsqueeze(0).to(query.dtype), None
+    queries, keys, values = (found[0].transpose(0, 1) for found in (query, key, value))
+    output = paged.attend(int(module.layer_idx), queries, keys, values, params)  # type: ignore[arg-type]
+    return output.unsqueeze(0), None
 
 
 def register() -> None:

@@ -97,9 +97,8 @@ class _Recorder:
         """As `PagedContext.attend`."""
         self.asked, self.params = (query, key, value), params
         num_tokens, num_heads, _ = query.shape
-        return random_rows(num_heads * value.shape[2])[0, -num_tokens:].unflatten(
-            -1, (num_heads, -1)
-        )
+        rows = random_rows(num_heads * value.shape[2])[0, -num_tokens:]
+        return rows.view(num_tokens, num_heads, -1)
 
 
 def fuse_attention(module: Any, rotary: TokenRotary) -> JoinedAttention | None:  # noqa: ANN401 -- nn.Module's attributes have no types

@@ -103,13 +103,16 @@ def _parts_of(module: Any) -> LayerParts | None:  # noqa: ANN401 -- as above
     if {name for name, _ in module.named_children()} != _CHILDREN:
         return None
     attention, mlp = module.self_attn.forward, module.mlp.forward
-    norms = (module.input_layernorm.forward, module.post_attention_layernorm.forward)
+    norms: tuple[Any, ...] = (
+        module.input_layernorm.forward,
+        module.post_attention_layernorm.forward,
+    )
     if not isinstance(attention, JoinedAttention) or not isinstance(mlp, FusedMlp):
         return None
     if not attention.rotary.is_fused:
         return None
-    heads = (module.self_attn.q_norm, module.self_attn.k_norm) if attention.has_norms else ()
-    norms += tuple(found.forward for found in heads)
+    if attention.has_norms:
+        norms += (module.self_attn.q_norm.forward, module.self_attn.k_norm.forward)
     linears = (
         *(module.self_attn.qkv_proj, module.self_attn.o_proj),
         *(module.mlp.gate_up_proj, module.mlp.down_proj),
@@ -122,7 +125,7 @@ def _parts_of(module: Any) -> LayerParts | None:  # noqa: ANN401 -- as above
     return LayerParts(
         first_norm=norms[0].norm,
         qkv=qkv,
-        head_norms=(norms[2].norm, norms[3].norm) if heads else None,
+        head_norms=tuple(found.norm for found in norms[2:]),
         attention=attention.params,
         output=output,
         second_norm=norms[1].norm,
@@ -171,10 +174,11 @@ def _run(
         max_query_len=num_tokens,
         max_context_len=num_tokens,
     )
+    layer_idx = module.self_attn.forward.layer_idx
     output: Tensor = forward(
         hidden,
         position_embeddings=(angles.cos().bfloat16(), angles.sin().bfloat16()),
         attention_mask=None,
-        paged=PagedContext(kernels, {module.self_attn.forward.layer_idx: (keys, values)}, batch),
+        paged=PagedContext(kernels, [(keys, values)] * (layer_idx + 1), batch),
     )
     return output, keys, values

@@ -29,20 +29,21 @@ def join_if(
     return joined
 
 
-def _join(linears: Sequence[nn.Module]) -> nn.Linear:
-    """A module whose outputs are those of `linears`, side by side; weights are copied."""
-    if any(type(linear) is not nn.Linear for linear in linears):
+def _join(modules: Sequence[nn.Module]) -> nn.Linear:
+    """A module whose outputs are those of linear modules, side by side; weights are copied."""
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    if any(type(module) is not nn.Linear for module in modules):
         # A subclass may compute something else.
-        kinds = sorted({type(linear).__name__ for linear in linears})
+        kinds = sorted({type(module).__name__ for module in modules})
         raise TypeError(f"only plain linear modules can be joined, not {', '.join(kinds)}")
     weight = torch.cat([linear.weight.detach() for linear in linears])
     joined = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)
-    joined.bias = _joined_bias(linears)
+    joined.register_parameter("bias", _joined_bias(linears))
     return joined
 
 
-def _joined_bias(linears: Sequence[nn.Module]) -> nn.Parameter | None:
+def _joined_bias(linears: Sequence[nn.Linear]) -> nn.Parameter | None:
     """Zeros stand for a bias that is not there."""
     if all(linear.bias is None for linear in linears):
         return None

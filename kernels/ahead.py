@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import torch
 
-from kernels import numba_linear, numba_sampling, numba_small_ops
+from kernels import numba_layer, numba_linear, numba_sampling, numba_small_ops
 from kernels.batch import AttentionParams, PagedBatch
 from kernels.launcher import Kernels
 from kernels.numba_setup import cache_folder
@@ -55,6 +55,7 @@ def _products(dtype: torch.dtype) -> None:
         for num_rows in (1, 2):
             numba_linear.linear(torch.zeros(num_rows, 1, dtype=dtype), weight)
         numba_small_ops.compile_all()
+        numba_layer.compile_all()
 
 
 def _sampling(dtype: torch.dtype) -> None:
@@ -69,7 +70,7 @@ _GROUPS: Final[dict[str, Callable[[torch.dtype], None]]] = {
     "sampling": _sampling,
 }
 # As long as each other, nearly: a process for each of two cores.
-_PROCESSES: Final = (("attention",), ("products", "sampling"))
+_PROCESSES: Final = (("attention", "sampling"), ("products",))
 
 
 class Compilation:

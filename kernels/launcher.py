@@ -59,8 +59,11 @@ class Kernels:
     ) -> None:
         self._operations = operations
         is_compiled = attention_kernel == "compiled"
-        is_numba = is_compiled and isinstance(operations, CpuOperations)
-        self.numba_attention = operations.numba_attention if is_numba else None
+        self.numba_attention = (
+            operations.numba_attention
+            if isinstance(operations, CpuOperations) and is_compiled
+            else None
+        )
         """What `kernels.numba_layer` may run as a part of its own; None where something else attends."""
 
         self._attend = operations.paged_attention if is_compiled else reference.paged_attention

@@ -173,7 +173,7 @@ class Job:
 
     def __init__(
         self,
-        query_shape: tuple[int, int, int],
+        query_shape: tuple[int, ...],
         dtype: torch.dtype,
         value_cache: torch.Tensor,
         batch: PagedBatch,
@@ -189,7 +189,7 @@ class Job:
         self._states = np.empty(num_states, np.float32)
         self._counters = np.zeros(1 + batch.num_decodes * num_kv_heads, np.int64)
         self._scores = np.array([params.scale, params.soft_cap], np.float32) * LOG2_E
-        self.worker: int = _worker(dtype).address
+        self.worker = int(_worker(dtype).address or 0)
         self._num_threads = num_threads
         of_layer = [0] * 7
         self._numbers = np.array(

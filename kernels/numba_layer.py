@@ -53,7 +53,7 @@ class LayerParts:
 
     first_norm: Norm  # of the layer's input
     qkv: PackedWeight  # outputs are the heads of queries, then of keys, then of values
-    head_norms: tuple[Norm, Norm] | None  # of each head of queries and of keys
+    head_norms: tuple[Norm, ...]  # of each head of queries and of keys, or none
     attention: AttentionParams
     output: PackedWeight
     second_norm: Norm  # of the input and what attention adds to it
@@ -92,7 +92,7 @@ class Layer:
         if not parts.is_supported:
             raise ValueError(f"outputs have to be a multiple of {PANEL}, and sinks none")
         self.parts = parts
-        norms = (parts.first_norm, parts.second_norm, *(parts.head_norms or ()))
+        norms = (parts.first_norm, parts.second_norm, *parts.head_norms)
         self._eps = np.array([norm.eps for norm in norms], np.float32)
         weights = [
             number
@@ -141,13 +141,10 @@ class LayerStep:
         places = self._places([num_tokens * size for size in sizes])
         self._shape = (num_tokens, parts.num_heads, parts.head_dim)
         self._query = places[3]
-        step = Step(
-            *(num_tokens, parts.size, parts.num_heads, parts.num_kv_heads, parts.head_dim, inner),
-            *(found.data_ptr() for found in self._kept),
-            *places,
-            num_threads=self._attention.num_threads,
-        )
-        self._numbers[:] = step
+        shape = (num_tokens, parts.size, parts.num_heads, parts.num_kv_heads, parts.head_dim, inner)
+        kept = [found.data_ptr() for found in self._kept]
+        numbers = [*shape, *kept, *places, self._attention.num_threads]
+        self._numbers[:] = Step(*numbers)
 
     def _places(self, sizes: list[int]) -> list[int]:
         """Addresses of memory of these sizes, in bytes."""
@@ -342,3 +339,8 @@ def _run_layer(layer, step_at, hidden, keys, values, worker, job):
     )
     _product(layer, step, _DOWN, step.gated, step.product)
     _add(step, hidden, step.product)
+
+
+def compile_all() -> None:
+    """Compile what runs a layer, or fetch it from the cache."""
+    _run_layer.compile(f"({', '.join(['int64'] * 7)})")

@@ -134,6 +134,10 @@ class _ModelSettings(BaseSettings, defer_build=True):
         True,
         description="on the CPU, compute bfloat16 norms, gates and rotary positions in one pass each; off: as torch does",
     )
+    fused_layers: bool = Field(
+        True,
+        description="on the CPU, run bfloat16 layers made of these in one call each; off: one operation after the other",
+    )
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the checkpoint"
     )

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from paged_models import logits, make_model
 from structlog.testing import capture_logs
-from tiny_checkpoints import COMMON, SERVED, VOCAB_SIZE, make_checkpoint
+from tiny_checkpoints import COMMON, make_checkpoint
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -17,41 +17,16 @@ from compute_service import attention
 from compute_service.attention_record import check_calls, record
 from compute_service.device import open_device
 from compute_service.fast_paths import FastPaths
-from compute_service.forward import ForwardPass
 from compute_service.fused_ops import fuse
 from compute_service.model_loader import load_model
-from kernels.batch import PagedBatch
-from kernels.launcher import Kernels
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
 
-    from quire.pool_layout import LayerGeometry
-
 NUM_LAYERS = COMMON["num_hidden_layers"]
-
-
-BLOCK_SIZE = 4
-NUM_BLOCKS = 12
-
-
-def make_model(model_type: str) -> Any:
-    """With our attention in place, as it is when a model is loaded."""
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**COMMON, **SERVED[model_type]})
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            mean, spread = (
-                (0.0, 1.6 / parameter.shape[-1] ** 0.5) if parameter.dim() > 1 else (0.8, 0.3)
-            )
-            parameter.normal_(mean, spread)
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    return model
 
 
 def fused(model: nn.Module) -> Mapping[str, Any]:
@@ -60,29 +35,6 @@ def fused(model: nn.Module) -> Mapping[str, Any]:
         fuse(model)
     (entry,) = logs
     return entry
-
-
-def logits(model: Any, layers: Sequence[LayerGeometry], num_tokens: int) -> Tensor:
-    """Of one sequence through block tables."""
-    caches = [
-        tuple(
-            torch.zeros(NUM_BLOCKS, BLOCK_SIZE, layer.num_kv_heads, size, dtype=torch.bfloat16)
-            for size in (layer.k_head_dim, layer.v_head_dim)
-        )
-        for layer in layers
-    ]
-    positions = torch.arange(num_tokens)
-    batch = PagedBatch(
-        block_tables=torch.arange(NUM_BLOCKS, dtype=torch.int32)[None],
-        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
-        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
-        slot_mapping=positions,
-        num_decodes=int(num_tokens == 1),
-        max_query_len=num_tokens,
-        max_context_len=num_tokens,
-    )
-    forward = ForwardPass(model, Kernels.for_device(torch.device("cpu")), caches)
-    return forward(positions * 7 % VOCAB_SIZE, positions, batch, positions).float()
 
 
 @pytest.mark.parametrize(
@@ -262,7 +214,7 @@ def test_a_switch_decides(fused_ops: bool, tmp_path: Path) -> None:
         max_model_len=None,
         trust_remote_code=False,
         device=open_device("cpu"),
-        fast_paths=FastPaths(fused_ops=fused_ops),
+        fast_paths=FastPaths(fused_ops=fused_ops, fused_layers=False),
     )
     replaced = [module for module in loaded.model.modules() if "forward" in vars(module)]
     assert len(replaced) == (4 * NUM_LAYERS + 1 if fused_ops else 0)

@@ -130,6 +130,7 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
             "memoryPatienceSeconds": 7.5,
             "packedWeights": False,
             "fusedOps": False,
+            "fusedLayers": False,
             "attentionKernel": "reference",
         },
         "drain": {"preStopSeconds": 7, "graceSeconds": 11},
@@ -152,7 +153,8 @@ def test_values_reach_the_services(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (compute.dtype, compute.max_model_len, compute.block_size) == ("float32", 512, 32)
     assert (compute.num_threads, compute.metrics_listen) == (3, "off")
     assert compute.memory_patience_s == 7.5
-    assert (compute.packed_weights, compute.fused_ops) == (False, False)
+    switches = (compute.packed_weights, compute.fused_ops, compute.fused_layers)
+    assert switches == (False, False, False)
     assert compute.attention_kernel == "reference"
     assert (router.max_num_seqs, router.max_num_batched_tokens) == (8, 256)
     assert (router.watermark, router.queue_limit) == (0.25, 9)

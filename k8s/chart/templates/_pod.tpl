@@ -163,6 +163,7 @@ limits:
 - --memory-patience-s={{ .Values.compute.memoryPatienceSeconds }}
 - --{{ if not .Values.compute.packedWeights }}no-{{ end }}packed-weights
 - --{{ if not .Values.compute.fusedOps }}no-{{ end }}fused-ops
+- --{{ if not .Values.compute.fusedLayers }}no-{{ end }}fused-layers
 - --attention-kernel={{ .Values.compute.attentionKernel }}
 {{- end }}
 
