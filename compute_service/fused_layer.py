@@ -33,11 +33,13 @@ def fuse_layers(model: nn.Module, kernels: Kernels) -> None:
     """Replace the forward of each layer that qualifies, and log how many did; others stay as they are."""
     if kernels.numba_attention is None:
         return
+    found = [(module, _parts_of(module)) for module in model.modules()]
+    candidates = [(module, parts) for module, parts in found if parts and parts.is_supported]
     layer_pass = _Pass(LayerStep(kernels.numba_attention))
     count = 0
-    for module in model.modules():
-        parts = _parts_of(module)
-        if parts is not None and parts.is_supported:
+    for module, parts in candidates:
+        # They hand their memory on to one another.
+        if parts.shape == candidates[0][1].shape:
             fused = _FusedLayer(module, parts, layer_pass)
             if _is_same(fused, module, parts, kernels):
                 module.forward = fused
@@ -51,17 +53,20 @@ class _Pass:
     def __init__(self, step: LayerStep) -> None:
         self.step = step
         self._paged: PagedContext | None = None
+        self._rotary: tuple[Tensor, Tensor] | None = None
         self._hidden: Tensor | None = None
 
     def enter(
         self, parts: LayerParts, hidden: Tensor, rotary: tuple[Tensor, Tensor], paged: PagedContext
     ) -> Tensor:
-        """Begin with the first layer of a pass; the hidden state to change."""
-        if hidden is self._hidden and paged is self._paged:
-            return hidden
-        self.step.begin(parts, hidden.shape[1], *rotary, paged.batch)
-        # What comes from elsewhere is not ours to change.
-        self._hidden, self._paged = hidden.clone(), paged
+        """Begin with the first layer of a pass, or where rotary positions change; the hidden state to change."""
+        # Kept here, none of them can be another one at the same address.
+        if paged is not self._paged or rotary is not self._rotary:
+            self.step.begin(parts, hidden.shape[1], *rotary, paged.batch)
+            self._paged, self._rotary = paged, rotary
+        if hidden is not self._hidden:
+            # What comes from elsewhere is not ours to change.
+            self._hidden = hidden.clone()
         return self._hidden
 
 

@@ -70,6 +70,11 @@ class LayerParts:
         return self.qkv.depth
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Two layers of the same shape can share a `LayerStep`'s memory."""
+        return (self.size, self.num_heads, self.num_kv_heads, self.head_dim, self.down.depth)
+
+    @property
     def weights(self) -> tuple[PackedWeight, ...]:
         """In the order in which they are multiplied by."""
         return (self.qkv, self.output, self.gate_up, self.down)
@@ -130,7 +135,8 @@ class LayerStep:
         self, parts: LayerParts, num_tokens: int, cos: Tensor, sin: Tensor, batch: PagedBatch
     ) -> None:
         """Lay the memory out for T tokens and their rotary positions, bfloat16 `[1, T, head_dim]`."""
-        self._batch, self._kept = batch, (cos.contiguous(), sin.contiguous(), batch.slot_mapping)
+        self._batch = batch
+        self._kept = tuple(found.contiguous() for found in (cos, sin, batch.slot_mapping))
         heads, kv_heads = parts.num_heads * parts.head_dim, parts.num_kv_heads * parts.head_dim
         inner = parts.down.depth
         sizes = [  # bytes a token
@@ -140,7 +146,6 @@ class LayerStep:
         ]
         places = self._places([num_tokens * size for size in sizes])
         self._shape = (num_tokens, parts.num_heads, parts.head_dim)
-        self._query = places[3]
         shape = (num_tokens, parts.size, parts.num_heads, parts.num_kv_heads, parts.head_dim, inner)
         kept = [found.data_ptr() for found in self._kept]
         numbers = [*shape, *kept, *places, self._attention.num_threads]
@@ -312,7 +317,8 @@ def _add(step, hidden, more):
     add_all(hidden, more, count, _parts(step, count))
 
 
-@njit(error_model="numpy", cache=True)
+# A chunk takes a while: the process's other threads go on meanwhile.
+@njit(error_model="numpy", cache=True, nogil=True)
 def _run_layer(layer, step_at, hidden, keys, values, worker, job):
     step = _read_step(step_at)
     heads, kv_heads = step.num_heads * step.head_dim, step.num_kv_heads * step.head_dim

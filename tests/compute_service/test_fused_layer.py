@@ -42,7 +42,7 @@ SPANS = {
 
 def prepared(model_type: str, **overrides: Any) -> Any:
     """With everything that layers are made of."""
-    model = make_model(model_type, **EVEN, **overrides)
+    model = make_model(model_type, **{**EVEN, **overrides})
     fuse(model)
     pack_linears(model, PanelLinear)
     return model
@@ -132,6 +132,39 @@ def test_a_layer_that_computes_otherwise_is_kept() -> None:
     expected = run(model, SPANS["all"], Kernels.for_device(CPU))[0]
     assert fuse_all(model, Kernels.for_device(CPU)) == NUM_LAYERS - 1
     assert torch.equal(run(model, SPANS["all"], Kernels.for_device(CPU))[0], expected)
+
+
+def test_layers_of_other_shapes_than_the_first_are_kept() -> None:
+    """Layers hand their memory on to one another."""
+    model = prepared("llama")
+    wider = prepared("llama", intermediate_size=160)
+    model.model.layers[1].mlp = wider.model.layers[1].mlp
+    kernels = Kernels.for_device(CPU)
+    expected = run(model, SPANS["all"], kernels)[0]
+    assert fuse_all(model, kernels) == NUM_LAYERS - 1
+    assert torch.equal(run(model, SPANS["all"], kernels)[0], expected)
+
+
+def test_each_layer_may_turn_heads_by_angles_of_its_own() -> None:
+    """As where windows and full attention have different rotary positions."""
+
+    def turned_twice(model: Any) -> Any:
+        layer = model.model.layers[1]
+        theirs = layer.forward
+
+        def forward(hidden_states: Tensor, **named: Any) -> Any:
+            cos, sin = named.pop("position_embeddings")
+            doubled = (cos * cos - sin * sin, 2 * cos * sin)
+            return theirs(hidden_states, position_embeddings=doubled, **named)
+
+        layer.forward = forward
+        return model
+
+    kernels = Kernels.for_device(CPU)
+    plain, fused = prepared("llama"), prepared("llama")
+    assert fuse_all(fused, kernels) == NUM_LAYERS
+    runs = [run(turned_twice(model), SPANS["all"], kernels) for model in (plain, fused)]
+    assert all(map(torch.equal, *runs))
 
 
 def test_nothing_is_fused_where_the_reference_attends() -> None:
