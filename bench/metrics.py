@@ -106,6 +106,7 @@ def router_step(sequences: list[Sequence]) -> Callable[[], None]:
         tally.outputs_arrived()
         for sequence in sequences:
             tally.token(sequence)
+        tally.outputs_taken()
         tally.step_ended(times, result)
 
     return step

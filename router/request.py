@@ -197,18 +197,20 @@ class Sequence:
         return max(len(self.token_ids), self.pending_end)
 
     @property
-    def num_tokens_to_run(self) -> int:
-        """The one scheduling rule: (known + pending) - (computed + in flight)."""
-        return (
-            min(max(len(self.token_ids), self.pending_end), self.max_inputs)
-            - self.num_computed_tokens
-            - self.num_in_flight_tokens
-        )
-
-    @property
     def next_position(self) -> int:
         """First position that the next step runs."""
         return self.num_computed_tokens + self.num_in_flight_tokens
+
+    def tokens_to_run(self) -> tuple[int, int]:
+        """Where the next step begins, and the one scheduling rule: (known + pending) - (computed + in flight)."""
+        # Without min and max: asked for every sequence in every step.
+        end = len(self.token_ids)
+        if self.pending_end > end:  # noqa: PLR1730 -- see above
+            end = self.pending_end
+        if end > self.max_inputs:  # noqa: PLR1730 -- see above
+            end = self.max_inputs
+        start = self.num_computed_tokens + self.num_in_flight_tokens
+        return start, end - start
 
     @property
     def num_sequences(self) -> int:

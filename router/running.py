@@ -134,13 +134,13 @@ class Running:
         batch = StepBatch(step=plan.step, work=work)
         self._mirror.fill(batch)
         forked = {fork.child.row for fork in batch.forks}
-        for found in work:
-            sequence = found.sequence
-            end, num_known = found.start + found.num_tokens, len(sequence.token_ids)
+        pending = batch.pending
+        for sequence, _, start, num_tokens in work:
+            end, num_known = start + num_tokens, len(sequence.token_ids)
             if end > num_known and sequence.row not in forked:
-                batch.pending.append((sequence.row, *sequence.pending_source))
-            sequence.num_in_flight_tokens += found.num_tokens
-            if end == max(num_known, sequence.pending_end):
+                pending.append((sequence.row, *sequence.pending_source))
+            sequence.num_in_flight_tokens += num_tokens
+            if end >= num_known and end >= sequence.pending_end:
                 self._add_output(sequence, sequence, sequence.incarnation, end, batch)
                 if not sequence.has_forked:
                     self._fork_siblings(sequence, batch)
@@ -185,20 +185,15 @@ class Running:
         """The step was run: its copies were made, and its tokens are computed."""
         self._acknowledge_step(batch.step)
         self._unborn = [fork for fork in self._unborn if fork.source_step != batch.step]
-        for work in batch.work:
-            self._advance(work)
+        for sequence, incarnation, _, num_tokens in batch.work:
+            if sequence.incarnation == incarnation and self.rows.holds(sequence):
+                sequence.num_in_flight_tokens -= num_tokens
+                sequence.num_computed_tokens += num_tokens
+                self._commit(sequence)
 
     def _acknowledge_step(self, step: int) -> None:
         self._acknowledged_step = max(step, self._acknowledged_step)
         self._mirror.acknowledge_copies(step)
-
-    def _advance(self, work: Work) -> None:
-        sequence = work.sequence
-        if sequence.incarnation != work.incarnation or not self.rows.holds(sequence):
-            return
-        sequence.num_in_flight_tokens -= work.num_tokens
-        sequence.num_computed_tokens += work.num_tokens
-        self._commit(sequence)
 
     def _commit(self, sequence: Sequence) -> None:
         """Note progress, on top of what an earlier step made that memory has not heard of."""

@@ -63,6 +63,7 @@ class Scheduler:
         self._running = Running(limits.max_num_seqs, limits.block_size)
         self._admissions = Admissions(self._requests.waiting, self._running.rows)
         self._isolation = FailureIsolation()
+        self._has_left = False  # somebody who ran, since the last plan
         self._last_batch = 0  # number of the last step that was made
         self._lost_up_to = 0  # the last step that was in flight when an earlier one failed
         self.num_available_blocks: int | None = None  # after memory's last answer
@@ -103,7 +104,7 @@ class Scheduler:
         """Whether a step that is planned now may run anything: all that runs may be in flight to its end."""
         if self._isolation.suspects() is None and self._requests.waiting:
             return True
-        return any(sequence.num_tokens_to_run > 0 for sequence in self._candidates())
+        return any(sequence.tokens_to_run()[1] > 0 for sequence in self._candidates())
 
     @property
     def may_overlap(self) -> bool:
@@ -140,6 +141,7 @@ class Scheduler:
         self._isolation.forget([sequence])
         self._admissions.remove(sequence)
         if self._running.leave(sequence, reason):
+            self._has_left = True
             self._admissions.gave_blocks_up(sequence)
 
     # Plan
@@ -147,6 +149,7 @@ class Scheduler:
     def plan(self) -> StepPlan:
         """What the next step asks of memory. The caller must go on with `admit`."""
         plan = StepPlan(next(self._steps))
+        self._has_left = False
         plan.watermark_blocks = self._limits.watermark_blocks
         self._running.plan(plan)
         budget = self._plan_extends(plan)
@@ -156,11 +159,12 @@ class Scheduler:
 
     def _plan_extends(self, plan: StepPlan) -> int:
         budget = self._limits.max_num_batched_tokens
+        extends = plan.extends
         for sequence in self._candidates():
-            num_tokens = min(sequence.num_tokens_to_run, budget)
-            if num_tokens > 0:
-                start = sequence.next_position
-                plan.extends.append(Work(sequence, sequence.incarnation, start, num_tokens))
+            start, num_tokens = sequence.tokens_to_run()
+            if num_tokens > 0 and budget > 0:
+                num_tokens = min(num_tokens, budget)
+                extends.append(Work(sequence, sequence.incarnation, start, num_tokens))
                 budget -= num_tokens
         return budget
 
@@ -183,7 +187,8 @@ class Scheduler:
         work = plan.extends + list(self._take_admissions(plan, answer))
         if answer.refusals:
             self._preempt_for(plan, answer)
-        work = [found for found in work if self._may_run(found, answer)]
+        if answer.refusals or self._has_left:
+            work = [found for found in work if self._may_run(found, answer)]
         if not work:
             return None
         self._last_batch = plan.step
@@ -238,10 +243,12 @@ class Scheduler:
     def take_outputs(self, batch: StepBatch, result: StepResult) -> None:
         """Take in the tokens that an acknowledged step sampled, and the ends that they bring."""
         self._tally.outputs_arrived()
+        token_ids, logprobs = result.token_ids, result.logprobs
         for index, output in enumerate(batch.outputs):
             if self._is_next(output):
-                logprobs = result.logprobs.get(index) if result.logprobs else None
-                self._take_output(output.sequence, result.token_ids[index], logprobs)
+                found = logprobs.get(index) if logprobs else None
+                self._take_output(output.sequence, token_ids[index], found)
+        self._tally.outputs_taken()
 
     def _is_next(self, output: Output) -> bool:
         """Whether the sequence goes on with this token.

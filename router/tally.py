@@ -69,6 +69,8 @@ class Tally:
         self.step_stages = {stage: Distribution(STEP_BOUNDS_S) for stage in _STAGES}
         self.now = clock  # seconds
         self._outputs_at = 0.0
+        self._last_outputs_at = 0.0  # of the tokens that `num_output_tokens` does not count yet
+        self._num_tokens = 0  # they
 
     # Requests
 
@@ -107,14 +109,31 @@ class Tally:
 
     def token(self, sequence: Sequence) -> None:
         """`sequence` gets one more output token."""
-        self.num_output_tokens += 1
-        last, now = sequence.last_token_at, self._outputs_at
-        sequence.last_token_at = now
-        if last:
-            self.inter_token_latency.observe(now - last)
-        elif not sequence.request.first_token_at:
-            sequence.request.first_token_at = now
-            self.time_to_first_token.observe(now - sequence.request.received_at)
+        last = sequence.last_token_at
+        sequence.last_token_at = self._outputs_at
+        # Most of them had one in the step before: their gaps are one number.
+        if last != self._last_outputs_at:
+            self._count_tokens()
+            self._last_outputs_at = last
+        self._num_tokens += 1
+        if not last and not sequence.request.first_token_at:
+            self._first_token(sequence.request)
+
+    def _first_token(self, request: Request) -> None:
+        request.first_token_at = self._outputs_at
+        self.time_to_first_token.observe(self._outputs_at - request.received_at)
+
+    def outputs_taken(self) -> None:
+        """All tokens of the step were counted."""
+        self._count_tokens()
+
+    def _count_tokens(self) -> None:
+        """Tokens of sequences that had their last one at the same time, or had none."""
+        count, self._num_tokens = self._num_tokens, 0
+        if count:
+            self.num_output_tokens += count
+            if self._last_outputs_at:
+                self.inter_token_latency.observe(self._outputs_at - self._last_outputs_at, count)
 
     # Steps
 

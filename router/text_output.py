@@ -17,6 +17,9 @@ class TokenDecoder(Protocol):
     def step(self, token_id: int) -> str:
         """Text that `token_id` completes; empty when it ends inside a character."""
 
+    def steps(self, token_ids: list[int]) -> tuple[str, int]:
+        """What `step` gives for several, put together, and how many of them are complete by that."""
+
     def flush(self) -> str:
         """Text of the tokens that completed nothing."""
 
@@ -117,11 +120,11 @@ class TextOutput:
         if self._decoder is None:
             self._num_ready = len(token_ids)
             return
-        step = self._decoder.step
-        for index in range(begin, len(token_ids)):
-            if text := step(token_ids[index]):
+        if begin < len(token_ids):
+            text, num_complete = self._decoder.steps(token_ids[begin:])
+            if num_complete:
                 self._text += text
-                self._num_ready = index + 1
+                self._num_ready = begin + num_complete
 
     def _search(self, token_id: int, *, may_stop: bool) -> StopMatch | None:
         assert self._decoder is not None

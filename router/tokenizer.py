@@ -74,12 +74,36 @@ class ModelTokenizer:
 
 
 class StreamDecoder:
-    """Decodes one output token by token; text never ends inside a character."""
+    """Decodes one output as it comes; text never ends inside a character."""
 
     def __init__(self, tokenizer: Tokenizer, context: list[int]) -> None:
         self._tokenizer = tokenizer
         self._stream = DecodeStream(ids=context, skip_special_tokens=True)
+        self._context = context  # the last tokens whose text is out
         self._held: list[int] = []
+
+    def steps(self, token_ids: list[int]) -> tuple[str, int]:
+        """Text that tokens complete, and up to which of them: what `step` gives for one after the other, in one call."""
+        if len(token_ids) > 1 and not self._held:
+            text = self._try_all(token_ids)
+            if text is not None:
+                self._context = [*self._context, *token_ids][-_CONTEXT_TOKENS:]
+                return text, len(token_ids)
+        texts = [self.step(token_id) for token_id in token_ids]
+        num_complete = max((at for at, text in enumerate(texts, 1) if text), default=0)
+        return "".join(texts), num_complete
+
+    def _try_all(self, token_ids: list[int]) -> str | None:
+        """None when the last one ends inside a character: the library cannot tell which of them could go."""
+        try:
+            text: str | None = self._stream.step(self._tokenizer, token_ids)
+        except Exception as error:
+            if not str(error).startswith(_INVALID_PREFIX):
+                raise
+            text = None
+        if text is None:
+            self._stream = DecodeStream(ids=self._context, skip_special_tokens=True)
+        return text
 
     def step(self, token_id: int) -> str:
         """Text that `token_id` completes; empty when it ends inside a character or shows nothing."""
@@ -95,8 +119,8 @@ class StreamDecoder:
         if text is None:
             self._held.append(token_id)
             return ""
-        if self._held:
-            self._held.clear()
+        self._context = [*self._context, *self._held, token_id][-_CONTEXT_TOKENS:]
+        self._held.clear()
         return text
 
     def flush(self) -> str:

@@ -73,6 +73,7 @@ def test_times_run_from_when_a_request_was_received() -> None:
         clock.now += seconds
         tally.outputs_arrived()
         tally.token(sequence)
+        tally.outputs_taken()
     request.finish_sample(0, FinishReason.LENGTH)
     clock.now += 2
     tally.finished(request)
@@ -102,6 +103,7 @@ def test_samples_have_one_first_token_and_gaps_of_their_own() -> None:
         tally.outputs_arrived()
         for sequence in samples:
             tally.token(sequence)
+        tally.outputs_taken()
     assert (tally.time_to_first_token.count, tally.time_to_first_token.sum) == (1, 1.0)
     assert (tally.inter_token_latency.count, tally.inter_token_latency.sum) == (2, 2.0)
 

@@ -23,6 +23,10 @@ class PieceDecoder:
     def step(self, token_id: int) -> str:
         return self._pieces[token_id]
 
+    def steps(self, token_ids: list[int]) -> tuple[str, int]:
+        pieces = [self._pieces[token_id] for token_id in token_ids]
+        return "".join(pieces), max((at for at, piece in enumerate(pieces, 1) if piece), default=0)
+
     def flush(self) -> str:
         return ""
 
@@ -141,3 +145,53 @@ def test_characters_are_never_cut(text: str) -> None:
     output.finish()
     parts.append(output.take())
     assert "".join(part.text for part in parts if part is not None) == text
+
+
+def take_at(token_ids: list[int], places: set[int]) -> tuple[list[tuple[int, ...]], str]:
+    """Tokens and text that went out, taken after the tokens at some places and at the end."""
+    prompt = TOKENIZER.encode("x", add_special_tokens=False)
+    output = TextOutput(TOKENIZER.stream(prompt), (), include_stop_string=False)
+    deltas = []
+    for place, token_id in enumerate(token_ids):
+        output.append(token_id, None, may_stop=True)
+        if place in places:
+            deltas.append(output.take())
+    output.finish()
+    deltas.append(output.take())
+    found = [delta for delta in deltas if delta is not None]
+    return [delta.token_ids for delta in found], "".join(delta.text for delta in found)
+
+
+@given(text=st.text(max_size=30), places=st.sets(st.integers(0, 60)))
+def test_when_tokens_are_taken_changes_no_text(text: str, places: set[int]) -> None:
+    """Decoded together or one by one, and wherever a take cuts a character."""
+    token_ids = TOKENIZER.encode(text, add_special_tokens=False)
+    taken, found = take_at(token_ids, places)
+    assert found == text
+    assert [token for tokens in taken for token in tokens] == token_ids
+
+
+@given(
+    token_ids=st.lists(st.integers(0, 255), max_size=30),
+    places=st.sets(st.integers(0, 30)),
+)
+def test_bytes_that_are_no_text_lose_no_token(token_ids: list[int], places: set[int]) -> None:
+    """A model may sample any bytes."""
+    taken, _ = take_at(token_ids, places)
+    assert [token for tokens in taken for token in tokens] == token_ids
+
+
+def test_tokens_go_with_the_character_that_the_last_of_them_begins() -> None:
+    """Those whose text is complete do not wait for it."""
+    token_ids = TOKENIZER.encode("ab\N{HUGGING FACE}", add_special_tokens=False)
+    prompt = TOKENIZER.encode("x", add_special_tokens=False)
+    output = TextOutput(TOKENIZER.stream(prompt), (), include_stop_string=False)
+    for token_id in token_ids[:-1]:
+        output.append(token_id, None, may_stop=True)
+    delta = output.take()
+    assert delta is not None
+    assert delta.text == "ab"
+    output.append(token_ids[-1], None, may_stop=True)
+    delta = output.take()
+    assert delta is not None
+    assert delta.text == "\N{HUGGING FACE}"

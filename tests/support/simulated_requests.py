@@ -23,6 +23,9 @@ class SilentDecoder:
     def step(self, token_id: int) -> str:
         return "x"
 
+    def steps(self, token_ids: list[int]) -> tuple[str, int]:
+        return "x" * len(token_ids), len(token_ids)
+
     def flush(self) -> str:
         return ""
 
