@@ -64,13 +64,14 @@ dockerfile-all: $(STAMP) ## the same for the compute images: installs torch, som
 demo: $(STAMP) ## three services, the demo model, a look at the pool
 	@$(BIN)/quire demo
 
-test: $(STAMP) $(NODE_STAMP) ## the whole test suite
-	$(PYTEST)
+test: $(STAMP) $(NODE_STAMP) ## the test suite but for what is for the night
+	$(PYTEST) -m "not long"
 
-test-fast: $(STAMP) $(NODE_STAMP) ## the suite without the token parity of every architecture
+test-fast: $(STAMP) $(NODE_STAMP) ## that without token parity through three processes
 	$(PYTEST) -m "not slow"
 
-test-long: $(STAMP) $(NODE_STAMP) ## the property tests, over 100,000 operations against the naive models (nightly)
+test-long: $(STAMP) $(NODE_STAMP) ## for the night: token parity of every architecture, property tests over 100,000 operations
+	$(PYTEST) -m long
 	QUIRE_TEST_EXAMPLES=3000 $(PYTEST) -m "not slow" --timeout 1800 tests/memory_service tests/router
 
 bench-paging: $(STAMP) ## the PagedAttention paper's claims measured on the block manager (two minutes)

@@ -62,7 +62,7 @@ def num_hit(manager: BlockManager, tokens: list[int], tenant: str) -> int:
     return manager.probe(ints([*tokens, 0]), tenant).num_tokens(SIZE)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(
     st.integers(0, 1 << 30),
     st.lists(st.integers(0, 1), max_size=10),

@@ -266,7 +266,7 @@ def num_blocks_alone(request: Request) -> int:
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("QUIRE_TEST_EXAMPLES", "150")),
+    max_examples=int(os.environ.get("QUIRE_TEST_EXAMPLES", "100")),
     stateful_step_count=25,
     deadline=None,
 )

@@ -78,6 +78,9 @@ SERVED: dict[str, dict[str, Any]] = {
     },
 }
 
+EVERY_RUN = ("deepseek_v3", "gemma3_text", "gpt_oss", "llama", "phi3", "qwen3")
+"""Of them, those that differ most: latents and experts, windows, sinks, none of it, long positions, norms of heads."""
+
 
 def make_checkpoint(folder: Path, model_type: str, **overrides: Any) -> Path:
     """Write config, weights and a byte-level tokenizer of a model type into `folder`."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from processes import Quire, assert_pool_is_idle, running_quire
-from tiny_checkpoints import SERVED, VOCAB_SIZE, make_checkpoint
+from tiny_checkpoints import EVERY_RUN, SERVED, VOCAB_SIZE, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 from compute_service.model_loader import fix_longrope
@@ -71,8 +71,16 @@ def complete(quire: Quire, prompt: list[int], num_samples: int = 1) -> list[list
     return [list(found.token_ids) for found in answer.completions]
 
 
+def models() -> list[Any]:
+    """Of each type; those that differ little from others run at night."""
+    marks = {
+        model_type: [pytest.mark.long] * (model_type not in EVERY_RUN) for model_type in SERVED
+    }
+    return [pytest.param(model_type, marks=marks[model_type]) for model_type in sorted(SERVED)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", sorted(SERVED))
+@pytest.mark.parametrize("model_type", models())
 def test_greedy_tokens_equal_transformers(model_type: str, tmp_path: Path) -> None:
     """Alone, chunked, with prefix hits, in a crowd that preempts, forked: the tokens are those of `model.generate`."""
     folder = make_checkpoint(tmp_path / "model", model_type)
