@@ -232,38 +232,33 @@ class Sequence:
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
         """Add a sampled token; what it completes goes to the sink. It may end the sequence."""
+        request, output = self.request, self.output
         self.token_ids.append(token_id)
-        reason, matched = self._accept(token_id, logprobs)
-        if reason is not None and not isinstance(matched, str):
-            self.output.finish()
-        self._publish()
-        if reason is not None:
-            self.finish(reason, matched=matched)
-
-    def _publish(self) -> None:
-        self.request.sink.output(self.sample_index, self.output)
-
-    def _accept(
-        self, token_id: int, logprobs: TokenLogprobs | None
-    ) -> tuple[FinishReason | None, str | int | None]:
-        request = self.request
         if token_id in request.end_token_ids:
-            self.output.append_silent(token_id, logprobs)
-            return FinishReason.STOP, None if token_id in request.eos_token_ids else token_id
+            output.append_silent(token_id, logprobs)
+            matched = None if token_id in request.eos_token_ids else token_id
+            self._end(FinishReason.STOP, matched)
+            return
         num_tokens = len(self.token_ids) - self.num_prompt_tokens
         may_stop = num_tokens >= request.stopping.min_tokens
-        match: StopMatch | None = self.output.append(token_id, logprobs, may_stop=may_stop)
+        match: StopMatch | None = output.append(token_id, logprobs, may_stop=may_stop)
         if match is not None:
-            return FinishReason.STOP, match.stop_string
-        if num_tokens >= request.max_tokens:
-            return FinishReason.LENGTH, None
-        return None, None
+            request.sink.output(self.sample_index, output)
+            self.finish(FinishReason.STOP, matched=match.stop_string)
+        elif num_tokens >= request.max_tokens:
+            self._end(FinishReason.LENGTH)
+        else:
+            request.sink.output(self.sample_index, output)
+
+    def _end(self, reason: FinishReason, matched: int | None = None) -> None:
+        """With all output that is there; a stop string cuts it off instead."""
+        self.output.finish()
+        self.request.sink.output(self.sample_index, self.output)
+        self.finish(reason, matched=matched)
 
     def cut_off(self, reason: FinishReason) -> None:
         """End the sequence from outside, with all its output so far."""
-        self.output.finish()
-        self._publish()
-        self.finish(reason)
+        self._end(reason)
 
     def finish(self, reason: FinishReason, *, matched: str | int | None = None) -> None:
         """End the sequence and tell the sink."""

@@ -134,14 +134,17 @@ class Running:
         batch = StepBatch(step=plan.step, work=work)
         self._mirror.fill(batch)
         forked = {fork.child.row for fork in batch.forks}
-        pending = batch.pending
+        step, pending, outputs = batch.step, batch.pending, batch.outputs
         for sequence, _, start, num_tokens in work:
             end, num_known = start + num_tokens, len(sequence.token_ids)
             if end > num_known and sequence.row not in forked:
                 pending.append((sequence.row, *sequence.pending_source))
             sequence.num_in_flight_tokens += num_tokens
             if end >= num_known and end >= sequence.pending_end:
-                self._add_output(sequence, sequence, sequence.incarnation, end, batch)
+                # As `_add_output`, without a call for every sequence in every step.
+                sequence.pending_end = end + 1
+                sequence.pending_source = (step, len(outputs))
+                outputs.append(Output(sequence, sequence, sequence.incarnation, end))
                 if not sequence.has_forked:
                     self._fork_siblings(sequence, batch)
         return batch

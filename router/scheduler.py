@@ -31,7 +31,6 @@ if TYPE_CHECKING:
         StepBatch,
         StepFailure,
         StepResult,
-        TokenLogprobs,
     )
     from router.tally import Tally
 
@@ -245,9 +244,14 @@ class Scheduler:
         self._tally.outputs_arrived()
         token_ids, logprobs = result.token_ids, result.logprobs
         for index, output in enumerate(batch.outputs):
-            if self._is_next(output):
-                found = logprobs.get(index) if logprobs else None
-                self._take_output(output.sequence, token_ids[index], found)
+            if not self._is_next(output):
+                continue
+            sequence = output.sequence
+            self._tally.token(sequence)
+            sequence.append(token_ids[index], logprobs.get(index) if logprobs else None)
+            if sequence.state is SequenceState.FINISHED:
+                self._leave(sequence, ReleaseReason.FINISHED)
+                self._forget_if_finished(sequence.request)
         self._tally.outputs_taken()
 
     def _is_next(self, output: Output) -> bool:
@@ -261,15 +265,6 @@ class Scheduler:
             return False
         is_same = output.incarnation == sequence.incarnation
         return is_same or sequence.state is SequenceState.WAITING
-
-    def _take_output(
-        self, sequence: Sequence, token_id: int, logprobs: TokenLogprobs | None
-    ) -> None:
-        self._tally.token(sequence)
-        sequence.append(token_id, logprobs)
-        if sequence.state is SequenceState.FINISHED:
-            self._leave(sequence, ReleaseReason.FINISHED)
-            self._forget_if_finished(sequence.request)
 
     def fail(self, batch: StepBatch, failure: StepFailure) -> Sequence | None:
         """Roll back to what was acknowledged; the sequence that makes steps fail once it is found: its request ends.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Tokens of the prompt that the decoder sees before the output: enough for the rules about spaces at a beginning.
 _CONTEXT_TOKENS = 8
+_MOST_CONTEXT = 256  # that is kept before it is cut back to as many
 _FILE = "tokenizer.json"
 _WITHOUT = f"this model's folder has no {_FILE}"
 _INVALID_PREFIX = "Invalid prefix encountered"
@@ -84,26 +85,31 @@ class StreamDecoder:
 
     def steps(self, token_ids: list[int]) -> tuple[str, int]:
         """Text that tokens complete, and up to which of them: what `step` gives for one after the other, in one call."""
-        if len(token_ids) > 1 and not self._held:
-            text = self._try_all(token_ids)
-            if text is not None:
-                self._context = [*self._context, *token_ids][-_CONTEXT_TOKENS:]
-                return text, len(token_ids)
+        if len(token_ids) == 1:
+            text = self.step(token_ids[0])
+            return text, 1 if text else 0
+        if not self._held and (text := self._try_all(token_ids)):
+            return text, len(token_ids)
         texts = [self.step(token_id) for token_id in token_ids]
         num_complete = max((at for at, text in enumerate(texts, 1) if text), default=0)
         return "".join(texts), num_complete
 
-    def _try_all(self, token_ids: list[int]) -> str | None:
-        """None when the last one ends inside a character: the library cannot tell which of them could go."""
+    def _try_all(self, token_ids: list[int]) -> str:
+        """Empty, and as if nothing had been tried, when the last one ends inside a character.
+
+        The library cannot tell then which of the others could go.
+        """
         try:
             text: str | None = self._stream.step(self._tokenizer, token_ids)
         except Exception as error:
             if not str(error).startswith(_INVALID_PREFIX):
                 raise
             text = None
-        if text is None:
-            self._stream = DecodeStream(ids=self._context, skip_special_tokens=True)
-        return text
+        if text:
+            self._keep(token_ids)
+            return text
+        self._stream = DecodeStream(ids=self._context[-_CONTEXT_TOKENS:], skip_special_tokens=True)
+        return ""
 
     def step(self, token_id: int) -> str:
         """Text that `token_id` completes; empty when it ends inside a character or shows nothing."""
@@ -119,9 +125,16 @@ class StreamDecoder:
         if text is None:
             self._held.append(token_id)
             return ""
-        self._context = [*self._context, *self._held, token_id][-_CONTEXT_TOKENS:]
-        self._held.clear()
+        if self._held:
+            self._keep(self._held)
+            self._held.clear()
+        self._keep([token_id])
         return text
+
+    def _keep(self, token_ids: list[int]) -> None:
+        self._context += token_ids
+        if len(self._context) > _MOST_CONTEXT:
+            del self._context[:-_CONTEXT_TOKENS]
 
     def flush(self) -> str:
         """Text of the tokens held: an unfinished character shows as U+FFFD."""
