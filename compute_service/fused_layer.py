@@ -66,7 +66,7 @@ class _Pass:
             self._paged, self._rotary = paged, rotary
         if hidden is not self._hidden:
             # What comes from elsewhere is not ours to change.
-            self._hidden = hidden.clone()
+            self._hidden = hidden.clone(memory_format=torch.contiguous_format)
         return self._hidden
 
 
