@@ -26,6 +26,7 @@ from kernels.numba_rows import (
 )
 from kernels.simd import LANES
 
+_FETCHED = 12_288  # bytes: a third of the first cache, and a stream long enough to be read ahead in
 _LOWEST = np.float32(-np.inf)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -90,15 +91,16 @@ def decode_part(
 
 @jitted
 def _fetch(layout, cache, kv_head, span, dim, slots, key, count):
-    """Bring the rows of the keys that run together from `key` on into the cache, for all heads in one stream.
+    """Bring the rows of the next keys into the cache, for all heads in one stream, unless an earlier call did.
 
     By reading: the processor drops what is merely asked for where it does not know a page's place. `slots` has a place
     more than a part has keys.
     """
-    now = min(KEYS_TOGETHER, max(0, count - key))
     stride, size = layout.width * layout.num_kv_heads * dim, layout.width * span * dim
-    sink = slots + 8 * PART
-    touch_rows(cache + layout.width * kv_head * dim, slots + 8 * key, stride, size, now, sink)
+    many = KEYS_TOGETHER * max(1, _FETCHED // (KEYS_TOGETHER * size))
+    if key % many == 0:
+        base, sink = cache + layout.width * kv_head * dim, slots + 8 * PART
+        touch_rows(base, slots + 8 * key, stride, size, min(many, count - key), sink)
 
 
 @jitted
