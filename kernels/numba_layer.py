@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import torch
+from numba.core import types
 
 from kernels.numba_attention import is_supported, launch
 from kernels.numba_linear import multiply
@@ -349,4 +350,5 @@ def _run_layer(layer, step_at, hidden, keys, values, worker, job):
 
 def compile_all() -> None:
     """Compile what runs a layer, or fetch it from the cache."""
-    _run_layer.compile(f"({', '.join(['int64'] * 7)})")
+    # As a call looks for it: a signature in words would be kept under another name.
+    _run_layer.compile((types.int64,) * 7)

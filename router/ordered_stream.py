@@ -51,11 +51,16 @@ class OrderedStream(Generic[RequestT, ResponseT]):
             raise self._lost
         answer: asyncio.Future[ResponseT] = asyncio.get_running_loop().create_future()
         self._waiting.append(answer)
-        # When the write fails the reader learns the status and fails all who wait.
-        with suppress(grpc.RpcError, asyncio.InvalidStateError):
-            async with self._writing:
-                await self._call.write(request)
-        return await answer
+        try:
+            # When the write fails the reader learns the status and fails all who wait.
+            with suppress(grpc.RpcError, asyncio.InvalidStateError):
+                async with self._writing:
+                    await self._call.write(request)
+            return await answer
+        finally:
+            # Whoever was cancelled does not hear how it ends; that is no error that nobody looked at.
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()
 
     async def close(self, last: RequestT | None = None) -> None:
         """Send `last`, half-close, and wait for the other side to end the stream."""

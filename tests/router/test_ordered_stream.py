@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import grpc
 import pytest
@@ -61,6 +62,44 @@ def test_an_answer_to_nobody_disturbs_nobody() -> None:
         return call.requests
 
     assert asyncio.run(run()) == ["a", "goodbye"]
+
+
+class StuckCall(PlayedCall):
+    """A call whose window is full."""
+
+    async def write(self, request: str) -> None:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("call_class", [PlayedCall, StuckCall])
+@pytest.mark.parametrize("is_lost_first", [True, False])
+def test_who_was_cancelled_leaves_no_error_behind(
+    call_class: type[PlayedCall], *, is_lost_first: bool
+) -> None:
+    """A stream that is lost at shutdown tells nobody of it who has gone, and nothing is logged."""
+    found: list[object] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: found.append(context))
+        call = call_class()
+        stream: OrderedStream[str, str] = OrderedStream("it", lambda: call)
+        asked = asyncio.create_task(stream.ask("a"))
+        await asyncio.sleep(0.01)
+        if is_lost_first:
+            call.answers.put_nowait(grpc.aio.EOF)
+            await asyncio.wait([stream._reader])
+        asked.cancel()
+        await asyncio.sleep(0.01)
+        call.answers.put_nowait(grpc.aio.EOF)
+        await asyncio.wait([stream._reader, asked])
+        if asked.done() and not asked.cancelled():
+            asked.exception()
+        del asked, stream
+        gc.collect()
+
+    asyncio.run(run())
+    gc.collect()
+    assert found == []
 
 
 def test_the_end_of_the_stream_ends_every_question() -> None:
