@@ -176,6 +176,8 @@ def test_a_second_run_finds_the_cache_of_the_first(on_tmpfs: Path) -> None:
         Client(quire.addresses["router"]) as client,
     ):
         expected = complete_all(client, 1)
+        # A client hears of its end before memory does.
+        assert_pool_is_idle(quire)
         before = look(quire.inspection)
     with (
         running_quire(demo_model.path(), *flags) as quire,
