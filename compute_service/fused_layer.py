@@ -15,7 +15,7 @@ from compute_service.attention import PagedContext
 from compute_service.fused_attention import JoinedAttention
 from compute_service.fused_ops import FusedMlp, FusedNorm
 from compute_service.packed_linear import PanelLinear
-from kernels.batch import PagedBatch
+from compute_service.paged_probe import BLOCK_SIZE, batch_of
 from kernels.numba_layer import Layer, LayerParts, LayerStep
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _CHILDREN: Final = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _PROBE_TOKENS: Final = (1, 3)
-_BLOCK_SIZE: Final = 4
 
 _logger = structlog.get_logger()
 
@@ -168,17 +167,9 @@ def _run(
     generator = torch.Generator().manual_seed(num_tokens)
     hidden = torch.randn(1, num_tokens, parts.size, generator=generator).bfloat16()
     angles = torch.randn(1, num_tokens, parts.head_dim, generator=generator)
-    shape = (1, _BLOCK_SIZE, parts.num_kv_heads, parts.head_dim)
+    shape = (1, BLOCK_SIZE, parts.num_kv_heads, parts.head_dim)
     keys, values = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
-    batch = PagedBatch(
-        block_tables=torch.zeros(1, 1, dtype=torch.int32),
-        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
-        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
-        slot_mapping=torch.arange(num_tokens),
-        num_decodes=int(num_tokens == 1),
-        max_query_len=num_tokens,
-        max_context_len=num_tokens,
-    )
+    batch = batch_of(torch.zeros(1, 1, dtype=torch.int32), [(0, num_tokens)])
     layer_idx = module.self_attn.forward.layer_idx
     output: Tensor = forward(
         hidden,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kernels.launcher import Kernels
     from quire.pool_layout import LayerGeometry
 
-_BLOCK_SIZE = 4
+BLOCK_SIZE = 4
 # Largest difference of logits, as a share of the largest logit.
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
@@ -43,14 +43,14 @@ class PagedProbe:
     ) -> None:
         self._token_ids = token_ids
         self._dtype = next(model.parameters()).dtype
-        num_blocks = -(-len(token_ids) // _BLOCK_SIZE)
+        num_blocks = -(-len(token_ids) // BLOCK_SIZE)
         tables = torch.arange(2 * num_blocks, dtype=torch.int32, device=token_ids.device)
         self._tables = tables.view(2, -1)
         caches = [self._cache(layer) for layer in layers]
         self._forward = ForwardPass(model, kernels, caches)
 
     def _cache(self, layer: LayerGeometry) -> tuple[Tensor, Tensor]:
-        shape, device = (self._tables.numel(), _BLOCK_SIZE, layer.num_kv_heads), self._tables.device
+        shape, device = (self._tables.numel(), BLOCK_SIZE, layer.num_kv_heads), self._tables.device
         return (
             torch.zeros(*shape, layer.k_head_dim, dtype=self._dtype, device=device),
             torch.zeros(*shape, layer.v_head_dim, dtype=self._dtype, device=device),
@@ -78,13 +78,15 @@ class PagedProbe:
         """
         tokens, count, device = self._token_ids, len(self._token_ids), self._token_ids.device
         positions = torch.arange(count, device=device)
-        alone = self._forward(tokens, positions, _batch(self._tables[:1], [(0, count)]), positions)
+        alone = self._forward(
+            tokens, positions, batch_of(self._tables[:1], [(0, count)]), positions
+        )
         # Only the position is far away: what it attends to is one slot of its own.
         last = torch.tensor([max_model_len - 1], device=device)
         beside = self._forward(
             torch.cat([tokens[:1], tokens]),
             torch.cat([last, positions]),
-            _batch(self._tables.flip(0), [(0, 1), (0, count)]),
+            batch_of(self._tables.flip(0), [(0, 1), (0, count)]),
             positions + 1,
         )
         difference = self._excess(beside, alone)
@@ -101,7 +103,7 @@ class PagedProbe:
         logits = self._forward(
             self._token_ids[begin:end].repeat(2),
             positions.repeat(2),
-            _batch(self._tables, [(begin, end), (begin, end)]),
+            batch_of(self._tables, [(begin, end), (begin, end)]),
             torch.arange(2 * count, device=device),
         )
         return logits[:count], logits[count:]
@@ -113,12 +115,17 @@ class PagedProbe:
         return None if difference <= allowed else difference
 
 
-def _batch(tables: Tensor, spans: Sequence[tuple[int, int]]) -> PagedBatch:
-    """Rows that run positions `[begin, end)` of the sequences whose tables are given."""
+def batch_of(tables: Tensor, spans: Sequence[tuple[int, int]]) -> PagedBatch:
+    """A batch in which sequences run positions `[begin, end)`; those that run one come first.
+
+    Args:
+        tables: int32 `[S, blocks]`, of blocks of `BLOCK_SIZE`.
+        spans: S pairs (begin, end).
+    """
     device = tables.device
     counts = [end - begin for begin, end in spans]
     slots = [
-        table[positions // _BLOCK_SIZE].long() * _BLOCK_SIZE + positions % _BLOCK_SIZE
+        table[positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
         for table, (begin, end) in zip(tables, spans, strict=True)
         for positions in (torch.arange(begin, end, device=device),)
     ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from paged_models import BLOCK_SIZE, NUM_BLOCKS, make_model
+from paged_models import NUM_BLOCKS, make_model
 from structlog.testing import capture_logs
 from tiny_checkpoints import COMMON, VOCAB_SIZE, make_checkpoint
 from transformers.models.llama import modeling_llama
@@ -18,7 +18,7 @@ from compute_service.fused_layer import fuse_layers
 from compute_service.fused_ops import fuse
 from compute_service.model_loader import load_model
 from compute_service.packed_linear import PanelLinear, pack_linears
-from kernels.batch import PagedBatch
+from compute_service.paged_probe import BLOCK_SIZE, batch_of
 from kernels.launcher import Kernels
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+    from kernels.batch import PagedBatch
 
 NUM_LAYERS = COMMON["num_hidden_layers"]
 # Products leave no gaps, whatever a register holds.
@@ -55,25 +57,11 @@ def fuse_all(model: Any, kernels: Kernels) -> int:
     return sum(entry["count"] for entry in logs)
 
 
-def batch_of(spans: Sequence[tuple[int, int]]) -> tuple[Tensor, PagedBatch]:
-    """Positions and tables of sequences that run `[begin, end)`, three blocks each."""
+def packed(spans: Sequence[tuple[int, int]]) -> tuple[Tensor, PagedBatch]:
+    """Positions of sequences that run `[begin, end)`, and their batch: three blocks each, in no order."""
     tables = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(0)).int()
-    tables = tables.view(-1, 3)[: len(spans)]
-    counts = [end - begin for begin, end in spans]
-    each = [torch.arange(begin, end) for begin, end in spans]
-    slots = [
-        table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        for table, positions in zip(tables, each, strict=True)
-    ]
-    return torch.cat(each), PagedBatch(
-        block_tables=tables,
-        query_start=torch.tensor([0, *counts]).cumsum(0).int(),
-        context_lens=torch.tensor([end for _, end in spans]).int(),
-        slot_mapping=torch.cat(slots).long(),
-        num_decodes=counts.count(1),
-        max_query_len=max(counts),
-        max_context_len=max(end for _, end in spans),
-    )
+    positions = torch.cat([torch.arange(begin, end) for begin, end in spans])
+    return positions, batch_of(tables.view(-1, 3)[: len(spans)], spans)
 
 
 def run(model: Any, spans: Sequence[tuple[int, int]], kernels: Kernels) -> list[Tensor]:
@@ -87,7 +75,7 @@ def run(model: Any, spans: Sequence[tuple[int, int]], kernels: Kernels) -> list[
         )
         for _ in range(NUM_LAYERS)
     ]
-    positions, batch = batch_of(spans)
+    positions, batch = packed(spans)
     tokens = torch.randint(VOCAB_SIZE, positions.shape, generator=generator)
     found = ForwardPass(model, kernels, caches)(
         tokens, positions, batch, torch.arange(len(positions))
@@ -176,7 +164,7 @@ def test_caches_of_another_dtype_go_through_the_parts() -> None:
     """Keys and values are converted there."""
     kernels = Kernels.for_device(CPU)
     model = prepared("llama")
-    positions, batch = batch_of(SPANS["all"])
+    positions, batch = packed(SPANS["all"])
     shape = (NUM_BLOCKS, BLOCK_SIZE, COMMON["num_key_value_heads"], EVEN["head_dim"])
     caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(NUM_LAYERS)]
     forward = ForwardPass(model, kernels, caches)

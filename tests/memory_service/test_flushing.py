@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_faces import SIZE, OneRouter, ints, new_manager
@@ -62,7 +63,7 @@ def num_hit(manager: BlockManager, tokens: list[int], tenant: str) -> int:
     return manager.probe(ints([*tokens, 0]), tenant).num_tokens(SIZE)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(
     st.integers(0, 1 << 30),
     st.lists(st.integers(0, 1), max_size=10),

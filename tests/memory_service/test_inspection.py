@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pool_driver
 import pytest
+from examples import examples
 from flushing import flush
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,7 +78,7 @@ def state_of(manager: BlockManager, block_id: int) -> str:
 # The pool
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(SEEDS, st.sampled_from([None, *TENANTS]))
 def test_the_pool_is_counted_as_its_lists_and_tables_are(seed: int, tenant: str | None) -> None:
     """Blocks by state over the whole pool; sequences, slots, shared and retained blocks those of the tenant."""
@@ -147,7 +148,7 @@ def test_an_epoch_is_that_of_the_pool_without_a_state_folder() -> None:
 # Sequences
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(SEEDS, st.integers(1, 5), st.sampled_from([None, *TENANTS]))
 def test_pages_of_sequences_show_each_once(seed: int, page_size: int, tenant: str | None) -> None:
     """Ids may repeat between sessions: the pages hold every live sequence once, in order, those of the tenant."""
@@ -232,7 +233,7 @@ FILTERS = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(SEEDS, FILTERS, st.integers(1, 7), st.sampled_from([None, *TENANTS]))
 def test_blocks_are_listed_by_all_filters(
     seed: int, filters: dict[str, Any], page_size: int, tenant: str | None
@@ -297,7 +298,7 @@ def test_a_whole_key_finds_its_block() -> None:
             assert (found.block_id, found.block_hash) == (block_id, key)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=examples(20))
 @given(SEEDS, st.sampled_from([None, *TENANTS]))
 def test_a_block_names_all_who_hold_it(seed: int, tenant: str | None) -> None:
     """Holders are the table entries that name it; without a tenant there are as many as its reference count."""
@@ -427,7 +428,7 @@ def test_retentions_and_published_prefixes_are_listed() -> None:
 # Probe
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=examples(40))
 @given(SEEDS, st.lists(st.integers(0, 1), min_size=1, max_size=18), st.sampled_from(TENANTS))
 def test_a_probe_says_what_an_admission_gets(seed: int, tokens: list[int], tenant: str) -> None:
     """Right after the probe: the same tokens are found, as many blocks are needed, or the same prefix is waited for."""

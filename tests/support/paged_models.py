@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from compute_service import attention
 from compute_service.forward import ForwardPass
-from kernels.batch import PagedBatch
+from compute_service.paged_probe import BLOCK_SIZE, batch_of
 from kernels.launcher import Kernels
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from quire.pool_layout import LayerGeometry
 
-BLOCK_SIZE = 4
 NUM_BLOCKS = 12
 
 
@@ -50,14 +49,7 @@ def logits(model: Any, layers: Sequence[LayerGeometry], num_tokens: int) -> Tens
         for layer in layers
     ]
     positions = torch.arange(num_tokens)
-    batch = PagedBatch(
-        block_tables=torch.arange(NUM_BLOCKS, dtype=torch.int32)[None],
-        query_start=torch.tensor([0, num_tokens], dtype=torch.int32),
-        context_lens=torch.tensor([num_tokens], dtype=torch.int32),
-        slot_mapping=positions,
-        num_decodes=int(num_tokens == 1),
-        max_query_len=num_tokens,
-        max_context_len=num_tokens,
-    )
+    tables = torch.arange(NUM_BLOCKS, dtype=torch.int32)[None]
+    batch = batch_of(tables, [(0, num_tokens)])
     forward = ForwardPass(model, Kernels.for_device(torch.device("cpu")), caches)
     return forward(positions * 7 % VOCAB_SIZE, positions, batch, positions).float()
