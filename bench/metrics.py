@@ -1,6 +1,6 @@
 """What metrics and logs cost: microseconds in process, and output tokens per second of `quire up` with and without.
 
-    python bench/metrics.py [--requests 16] [--rounds 6] [--starts 2]
+    python -m bench.metrics [--requests 16] [--rounds 6] [--starts 2]
 
 In process: what is counted for one step of 64 sequences, what a request adds, and its line in the log. Counting goes on
 under `--no-metrics` too, so its share of a step is reckoned from the step's time. The runs compare the defaults, scraped
@@ -309,9 +309,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=6, help="of a start; two at least")
     parser.add_argument("--starts", type=int, default=2)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:  # noqa: PLR2004 -- as the message says
+        parser.error(
+            "--rounds: what two rounds of the same run differ by is what the machine can show"
+        )
     costs, step_us = in_process()
     console.print(costs)
     runs = Runs()

@@ -1,6 +1,6 @@
 """Train the demo model: a small Llama that has read Python's own standard library.
 
-    .venv/bin/python bench/train_demo_model.py --minutes 15 --out quire/demo_model/quire-demo
+    .venv/bin/python -m bench.train_demo_model --minutes 15 --out quire/demo_model/quire-demo
 
 Everything it needs is on every machine: the source files beside the running interpreter. The result is an ordinary
 checkpoint folder (config, tokenizer, safetensors).
