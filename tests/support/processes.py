@@ -46,6 +46,17 @@ def children_of(quire: Quire) -> dict[str, psutil.Process]:
     return found
 
 
+@contextmanager
+def suspended_compute(quire: Quire) -> Iterator[None]:
+    """Nothing is computed meanwhile: a request that runs at the start still does at the end."""
+    compute = children_of(quire)["compute_service"]
+    compute.suspend()
+    try:
+        yield
+    finally:
+        compute.resume()
+
+
 def assert_pool_is_idle(quire: Quire) -> None:
     """No used block within ten seconds, and the books agree."""
     deadline = time.monotonic() + 10

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from processes import Quire, assert_pool_is_idle, children_of, running_quire
+from processes import Quire, assert_pool_is_idle, running_quire, suspended_compute
 
 from quire import demo_model
 from quire.client import Client, PoolController, PoolInspector
@@ -105,31 +105,38 @@ def test_every_call_is_a_line_of_curl(shared: Quire) -> None:
     with client_of(shared, "red") as red:
         stream = red.generate(SYSTEM_PROMPT, max_tokens=400, ignore_eos=True, request_id="seen")
         next(stream)
-        compute = children_of(shared)["compute_service"]
-        compute.suspend()  # the sequence lives until all was asked
-        (listed,) = curl(shared, "ListSequences", requestId="seen")["sequences"]
-        assert (listed["tenant"], listed["ageSeconds"] >= 0) == ("red", True)
-        sequence = curl(shared, "GetSequence", sequenceId=listed["sequenceId"])
-        table = sequence["blockTable"]
-        assert len(table[0]["blockHash"]) == 32
-        assert table[0]["sealed"]
-        first = curl(shared, "GetBlock", blockId=table[0]["blockId"])
-        assert first["block"]["state"] == "BLOCK_STATE_USED"
-        assert [found["sequenceId"] for found in first["holders"]] == [listed["sequenceId"]]
-        used = curl(shared, "ListBlocks", state="BLOCK_STATE_USED", sequenceId=listed["sequenceId"])
-        assert used["numMatches"] >= len(table)
-        retained = curl(
-            shared, "Retain", "red", sequenceId=listed["sequenceId"], priority=4, timeToLive="60s"
-        )
-        assert retained["verdict"] == "VERDICT_ACCEPTED"
-        pool = curl(shared, "GetPool")
-        assert pool["numRetainedBlocks"] >= 4
-        assert pool["writerAlive"]
-        assert pool["epoch"]
-        slots = [int(pool.get(f"num{kind}Slots", 0)) for kind in ("Token", "Reserved", "Unused")]
-        assert sum(slots) % pool["blockSize"] == 0
-        assert min(slots) >= 0
-        compute.resume()
+        with suspended_compute(shared):  # the sequence lives until all was asked
+            (listed,) = curl(shared, "ListSequences", requestId="seen")["sequences"]
+            assert (listed["tenant"], listed["ageSeconds"] >= 0) == ("red", True)
+            sequence = curl(shared, "GetSequence", sequenceId=listed["sequenceId"])
+            table = sequence["blockTable"]
+            assert len(table[0]["blockHash"]) == 32
+            assert table[0]["sealed"]
+            first = curl(shared, "GetBlock", blockId=table[0]["blockId"])
+            assert first["block"]["state"] == "BLOCK_STATE_USED"
+            assert [found["sequenceId"] for found in first["holders"]] == [listed["sequenceId"]]
+            used = curl(
+                shared, "ListBlocks", state="BLOCK_STATE_USED", sequenceId=listed["sequenceId"]
+            )
+            assert used["numMatches"] >= len(table)
+            retained = curl(
+                shared,
+                "Retain",
+                "red",
+                sequenceId=listed["sequenceId"],
+                priority=4,
+                timeToLive="60s",
+            )
+            assert retained["verdict"] == "VERDICT_ACCEPTED"
+            pool = curl(shared, "GetPool")
+            assert pool["numRetainedBlocks"] >= 4
+            assert pool["writerAlive"]
+            assert pool["epoch"]
+            slots = [
+                int(pool.get(f"num{kind}Slots", 0)) for kind in ("Token", "Reserved", "Unused")
+            ]
+            assert sum(slots) % pool["blockSize"] == 0
+            assert min(slots) >= 0
         red.abort("seen")
         list(stream)
     probe = curl(shared, "ProbePrefix", "red", tokenIds=[*SYSTEM_PROMPT, 7])

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import pytest
 from pools import folder_on_tmpfs
-from processes import QUIRE, assert_pool_is_idle, children_of, running_quire
+from processes import (
+    QUIRE,
+    assert_pool_is_idle,
+    children_of,
+    running_quire,
+    suspended_compute,
+)
 from terminals import on_a_terminal
 
 from quire import demo_model
@@ -145,21 +151,22 @@ def test_every_question_has_an_answer(output: str, quire: Quire, run: Run) -> No
         PoolInspector(quire.addresses["memory"]) as inspector,
     ):
         next(live)
-        block_id = str(inspector.get_sequence(sequence).block_table[0].block_id)
-        for arguments, expected in (
-            (("pool",), "blockSize" if is_json else "hit rate"),
-            (("sequences", "--request", output), sequence),
-            (("sequence", sequence), sequence),
-            (("blocks", "--sequence", sequence), "sealed"),
-            (("block", block_id), sequence),
-            (("tenants",), "numSequences" if is_json else "sequences"),
-            (("retentions",), "revision" if is_json else "nothing is retained"),
-            (("probe", "--text", PROMPT), "numCachedTokens" if is_json else "would hit"),
-            (("explain", "--sequence", sequence), "ADMITTED" if is_json else "admitted"),
-            (("integrity",), '{"findings": []}' if is_json else "agree"),
-        ):
-            status, told = run(inspect, *arguments, "--output", output)
-            assert (status, expected in told) == (0, True), (arguments, told)
+        with suspended_compute(quire):
+            block_id = str(inspector.get_sequence(sequence).block_table[0].block_id)
+            for arguments, expected in (
+                (("pool",), "blockSize" if is_json else "hit rate"),
+                (("sequences", "--request", output), sequence),
+                (("sequence", sequence), sequence),
+                (("blocks", "--sequence", sequence), "sealed"),
+                (("block", block_id), sequence),
+                (("tenants",), "numSequences" if is_json else "sequences"),
+                (("retentions",), "revision" if is_json else "nothing is retained"),
+                (("probe", "--text", PROMPT), "numCachedTokens" if is_json else "would hit"),
+                (("explain", "--sequence", sequence), "ADMITTED" if is_json else "admitted"),
+                (("integrity",), '{"findings": []}' if is_json else "agree"),
+            ):
+                status, told = run(inspect, *arguments, "--output", output)
+                assert (status, expected in told) == (0, True), (arguments, told)
 
 
 def test_what_was_probed_hits(quire: Quire, run: Run) -> None:
