@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Most tests wait for a service that starts, on one core: two at a time. Whoever has run out of tests takes of the other's.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 STAMP := $(VENV)/.stamp
 NODE_STAMP := node_modules/.stamp
 # Compiled kernels are kept between runs and shared among test processes.

@@ -14,8 +14,8 @@ from unittest.mock import patch
 import torch
 from tokenizers import Tokenizer
 
-import compute_service.__main__
 import compute_service.engine
+import compute_service.process
 from compute_service.forward import ForwardPass
 from compute_service.sampling import SampledToken
 from quire import demo_model
@@ -67,7 +67,7 @@ def simulated_device(step_s: float) -> Iterator[None]:
         return SimulatedForward(model, kernels, caches, step_s=step_s)
 
     with (
-        patch.object(compute_service.__main__, "ForwardPass", make_forward),
+        patch.object(compute_service.process, "ForwardPass", make_forward),
         patch.object(compute_service.engine, "sample", _read_back),
         patch.object(compute_service.engine, "warm_up", _compile_nothing),
     ):

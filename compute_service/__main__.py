@@ -1,7 +1,6 @@
 """`python -m compute_service`: the compute service as a process.
 
-The engine has the main thread: torch's OpenMP runtime slows down when parallel regions begin on a second one. gRPC's loop
-has a side thread.
+What can be said without torch and transformers, which take seconds to import, is said before.
 """
 
 from __future__ import annotations
@@ -10,46 +9,22 @@ import gc
 import os
 import signal
 import sys
-import time
-from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
-# Until there is an engine it would search the half a million objects of torch and transformers again and again.
-gc.disable()
-
-import structlog
-import torch
-
-from compute_service.clients import AttachedPool, PoolClient, PoolIdentity
-from compute_service.device import ComputeDevice, open_device
-from compute_service.engine import Engine
-from compute_service.fast_paths import FastPaths
-from compute_service.forward import ForwardPass
-from compute_service.kv_pool import KvPool, open_pool
-from compute_service.memory_watch import MemoryWatch
-from compute_service.metrics import EngineTally
-from compute_service.model_loader import LoadedModel, load_model
+from compute_service.checkpoint_folder import check_if_local
 from compute_service.refusal import ModelRefused
-from compute_service.server_thread import ServerThread
-from compute_service.servicer import ComputeServicer
-from kernels.ahead import Compilation
 from quire import demo_model, logs
 from quire.descriptor import DescriptorRefusedError
 from quire.errors import QuireError
-from quire.metrics import MetricsEndpoint
 from quire.pool_trailer import WrongPoolBytesError
 from quire.serving import StartupError, end_with_parent
 from quire.settings import ComputeSettings
 from quire.settings_loader import load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import FrameType
 
 _DEMO = "demo"
-
-_logger = structlog.get_logger()
 
 
 class _StoppedWhileLoading(BaseException):
@@ -60,9 +35,13 @@ def main() -> int:
     """Run until SIGTERM or SIGINT; the process's exit status."""
     settings = load(ComputeSettings, sys.argv[1:], prog="quire compute")
     logs.configure(settings.log_level, settings.log_format, "compute")
-    _at_stop(_raise_stopped)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _raise_stopped)
     end_with_parent(settings.parent_pid)
+    if settings.model == _DEMO:
+        settings = settings.model_copy(update={"model": str(demo_model.path())})
     try:
+        check_if_local(settings.model)
         return _serve(settings)
     except _StoppedWhileLoading:
         return 0
@@ -78,127 +57,11 @@ def main() -> int:
 
 
 def _serve(settings: ComputeSettings) -> int:
-    tally, metrics = EngineTally(), MetricsEndpoint("compute")
-    metrics.add(tally)
-    servicer = ComputeServicer(tally)
-    server = ServerThread(servicer, settings.listen)
-    server.start()
-    try:
-        metrics.start(settings.metrics_listen)
-        engine, pool, resume = _make_engine(settings, servicer, tally)
-        _at_stop(lambda _number, _frame: engine.stop())
-        server.set_serving(serving=True)
-        _logger.info("serving", addresses=server.addresses, metrics=metrics.address)
-        watch = MemoryWatch(pool, resume, engine.stop)
-        engine.run()
-        if watch.why_gone is not None:
-            # Whoever starts both again gets a new pool; to go on would be to write into one that nobody keeps books of.
-            _logger.warning(
-                "memory_service_gone",
-                reason=watch.why_gone,
-                consequence="the pool is lost, this ends too",
-            )
-            return 1
-        pool.close()
-        return 0
-    finally:
-        metrics.stop()
-        server.stop()
+    # Until there is an engine it would search the half a million objects of torch and transformers again and again.
+    gc.disable()
+    from compute_service.process import serve  # noqa: PLC0415 -- it imports both, for seconds
 
-
-def _make_engine(
-    settings: ComputeSettings, servicer: ComputeServicer, tally: EngineTally
-) -> tuple[Engine, KvPool, Callable[[], None]]:
-    """The engine, its pool, and what goes on with the pool after a restart of the memory service."""
-    if settings.num_threads is not None:
-        # Before the kernels are there, which take as many.
-        torch.set_num_threads(settings.num_threads)
-    device = open_device(settings.device, settings.attention_kernel)
-    if device.torch_device.type == "cpu":
-        device = replace(device, wait_for_kernels=_compile_kernels(settings.dtype))
-    loaded = _load(settings, device, tally)
-    client = _pool_client(settings, loaded, device)
-    attached = _attach(client)
-    pool = open_pool(attached, loaded.layers, loaded.dtype, settings.block_size, device)
-    forward = ForwardPass(loaded.model, device.kernels, pool.caches)
-    engine = Engine(forward, device.kernels, pool.caches, settings.block_size, device.torch_device)
-    engine.warm_up()
-    _collect_garbage_again()
-    servicer.serve(engine, loaded, attached)
-    return engine, pool, partial(_resume, client, attached, pool, settings.memory_patience_s)
-
-
-def _compile_kernels(dtype: str) -> Callable[[], None]:
-    """Begin to compile what no start has compiled before; what waits for it."""
-    compilation = Compilation("bfloat16" if dtype == "auto" else dtype)
-    if compilation.is_running:
-        _logger.info("compiling_kernels", consequence="this start takes half a minute longer")
-    return compilation.wait
-
-
-def _load(settings: ComputeSettings, device: ComputeDevice, tally: EngineTally) -> LoadedModel:
-    started = time.monotonic()
-    loaded = load_model(
-        str(demo_model.path()) if settings.model == _DEMO else settings.model,
-        dtype=settings.dtype,
-        max_model_len=settings.max_model_len,
-        trust_remote_code=settings.trust_remote_code,
-        device=device,
-        fast_paths=FastPaths(
-            packed_weights=settings.packed_weights,
-            fused_ops=settings.fused_ops,
-            fused_layers=settings.fused_layers,
-        ),
-    )
-    tally.model_loaded(loaded, time.monotonic() - started)
-    _logger.info("model_loaded", seconds=round(time.monotonic() - started, 1))
-    return loaded
-
-
-def _pool_client(
-    settings: ComputeSettings, loaded: LoadedModel, device: ComputeDevice
-) -> PoolClient:
-    identity = PoolIdentity(
-        loaded.layers,
-        str(loaded.dtype).removeprefix("torch."),
-        settings.block_size,
-        loaded.fingerprint,
-    )
-    return PoolClient(
-        settings.memory_address, identity, loaded.max_model_len, in_own_memory=device.holds_pool
-    )
-
-
-def _attach(client: PoolClient) -> AttachedPool:
-    attached = client.attach()
-    _logger.info(
-        "pool_attached",
-        pool_id=attached.pool_id,
-        num_blocks=attached.num_blocks,
-        warm=attached.warm,
-    )
-    return attached
-
-
-def _resume(client: PoolClient, attached: AttachedPool, pool: KvPool, patience_s: float) -> None:
-    """Runs on the thread of the watch, while the engine runs on."""
-    logger = _logger.bind(pool_id=attached.pool_id, writer_generation=attached.writer_generation)
-    logger.warning("memory_lost", patience_s=patience_s)
-    started = time.monotonic()
-    client.resume(attached, pool.resume, patience_s)
-    logger.info("memory_resumed", seconds=round(time.monotonic() - started, 1))
-
-
-def _collect_garbage_again() -> None:
-    """What the start left behind goes now; what stays is not searched again, so that no step waits for that."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
-
-
-def _at_stop(handler: object) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)  # type: ignore[arg-type]
+    return serve(settings)
 
 
 def _raise_stopped(_number: int, _frame: FrameType | None) -> None:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from compute_service import attention
+from compute_service.checkpoint_folder import find_folder
 from compute_service.fast_paths import EVERY_FAST_PATH, FastPaths
 from compute_service.fingerprint import fingerprint
 from compute_service.load_time_proof import prove
 from compute_service.refusal import ModelRefused, refusing
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from compute_service.device import ComputeDevice
     from quire.pool_layout import LayerGeometry
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ def load_model(
     transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     attention.register()
-    folder = _find_folder(name)
+    folder = find_folder(name)
     config = _load_config(folder, trust_remote_code=trust_remote_code)
     text_config = config.get_text_config()
     served_len = _served_length(text_config, max_model_len)
@@ -80,30 +80,6 @@ def load_model(
         eos_token_ids=_eos_token_ids(model),
         fingerprint=fingerprint(folder, max_model_len=served_len),
     )
-
-
-def _find_folder(name: str) -> Path:
-    folder = Path(name)
-    if folder.is_dir():
-        return _check_files(folder.resolve())
-    if folder.is_absolute() or name.startswith((".", "~")):
-        raise ModelRefused(f"there is no model folder {name}")
-    try:
-        return _check_files(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
-    except ModelRefused:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        message = f"{name!r} is neither a folder nor to be had from the hub: {reason}"
-        raise ModelRefused(message) from error
-
-
-def _check_files(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ModelRefused(f"{folder} has no config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise ModelRefused(f"{folder} has no *.safetensors; other formats of weights are not read")
-    return folder
 
 
 def _load_config(folder: Path, *, trust_remote_code: bool) -> Any:  # noqa: ANN401 -- configs of transformers share no typed fields

@@ -22,7 +22,26 @@ from quire import demo_model
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+STARTING = {"system", "k8s", "quire", "bench"}  # folders of tests that start services
 FLAGS = ("--memory-budget", "4MiB", "--max-model-len", "1024", "--log-level", "warning")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share processes run on one worker, which starts them once; what starts none fills up the end."""
+    for item in items:
+        if shared := _shared_with(item):
+            item.add_marker(pytest.mark.xdist_group(shared))
+    items.sort(key=lambda item: item.path.parent.name not in STARTING)
+
+
+def _shared_with(item: pytest.Item) -> str | None:
+    """Whom a test shares a fixture of more than a test with: the session, by the fixture's name, or its module."""
+    found: dict[str, str] = {}
+    for name, definitions in item._fixtureinfo.name2fixturedefs.items():  # type: ignore[attr-defined]
+        if definitions[-1].baseid:  # not one of pytest's own
+            found.setdefault(definitions[-1].scope, name)
+    return found.get("session") or (item.path.name if "module" in found else None)
 
 
 @pytest.fixture(scope="session")

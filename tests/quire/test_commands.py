@@ -6,20 +6,16 @@ import json
 import re
 import subprocess
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
-from processes import QUIRE, children_of
+from processes import QUIRE, suspended_compute
 
 from protos.memory.v1 import inspection_pb2
 from quire import __version__
 from quire.client import Client
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import psutil
     from processes import Quire
 
 
@@ -58,15 +54,6 @@ def test_chat_answers_until_an_empty_line(quire: Quire) -> None:
     assert ended.stdout.count("> ") == 3
 
 
-@contextmanager
-def held_still(process: psutil.Process) -> Iterator[None]:
-    process.suspend()
-    try:
-        yield
-    finally:
-        process.resume()
-
-
 def test_inspect_shows_what_was_asked_for(quire: Quire) -> None:
     """Pool, sequences, a sequence with its table, integrity; as tables and as JSON; found by the router's address."""
     router = ("--router-address", quire.addresses["router"])
@@ -76,7 +63,7 @@ def test_inspect_shows_what_was_asked_for(quire: Quire) -> None:
     ):
         next(live)
         # The request must not end while slow commands look at it.
-        with held_still(children_of(quire)["compute_service"]):
+        with suspended_compute(quire):
             assert "free" in run("inspect", "pool", *router).stdout
             assert "me/0" in run("inspect", "sequences", *router).stdout
             shown = run("inspect", "sequence", "me/0", "--output", "json", *router).stdout

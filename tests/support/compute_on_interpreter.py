@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from triton_interpreter import interpreted_operations
 
-import compute_service.__main__ as service
+from compute_service import process
+from compute_service.__main__ import end, main
 from compute_service.device import ComputeDevice
 from kernels.launcher import Kernels
 
@@ -21,5 +22,5 @@ def open_device(name: str, _attention_kernel: str) -> ComputeDevice:
 
 
 if __name__ == "__main__":
-    service.open_device = open_device
-    service.end(service.main())
+    process.open_device = open_device
+    end(main())
