@@ -83,11 +83,11 @@ def _step(batch: StepBatch, generation: int, epoch: int) -> Step:
         appends=tuple(batch.appends),
         remaps=tuple(batch.remaps),
         copies=tuple(batch.copies),
-        rows=tuple(work.sequence.row for work in batch.work),
-        starts=tuple(work.start for work in batch.work),
-        num_tokens=tuple(work.num_tokens for work in batch.work),
+        rows=tuple(batch.work.rows),
+        starts=tuple(batch.work.starts),
+        num_tokens=tuple(batch.work.num_tokens),
         pending=tuple(batch.pending),
-        outputs=tuple((found.source.row, found.sequence.sample_index) for found in batch.outputs),
+        outputs=tuple((found.source_row, found.sequence.sample_index) for found in batch.outputs),
     )
 
 

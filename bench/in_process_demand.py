@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 
 def demand_of(plan: StepPlan) -> demand.StepDemand:
     """What the router plans, as the block manager is asked for it."""
-    token_ids = b"".join(found.token_ids for found in plan.commits)
+    token_ids = b"".join(plan.commits.token_ids)
     return demand.StepDemand(
         step=plan.step,
         acknowledged_step=plan.acknowledged_step,
-        commit_rows=_ints(found.row for found in plan.commits),
-        commit_num_computed_tokens=_ints(found.num_computed_tokens for found in plan.commits),
+        commit_rows=_ints(plan.commits.rows),
+        commit_num_computed_tokens=_ints(plan.commits.num_computed_tokens),
         commit_token_ids=np.frombuffer(token_ids, dtype=np.int32),
         releases=tuple(found.row for found in plan.releases),
         release_reasons=tuple(ReleaseReason(found.reason.value) for found in plan.releases),
         forks=tuple(_fork_demand(found) for found in plan.forks),
-        extend_rows=_ints(work.sequence.row for work in plan.extends),
-        extend_starts=_ints(work.start for work in plan.extends),
-        extend_num_tokens=_ints(work.num_tokens for work in plan.extends),
+        extend_rows=_ints(plan.extends.rows),
+        extend_starts=_ints(plan.extends.starts),
+        extend_num_tokens=_ints(plan.extends.num_tokens),
         admits=tuple(_admit(found) for found in plan.admits),
         admit_token_budget=plan.admit_token_budget,
         watermark_blocks=plan.watermark_blocks,

@@ -45,7 +45,7 @@ from memory_service.metrics import StepTally
 from quire import logs
 from quire.client import Client
 from router.output_stream import OutputStream
-from router.request import FinishReason, Request, Sequence
+from router.request import FinishReason, Request, Sequence, first_sequence
 from router.request_log import log_finished
 from router.sampling_params import SamplingParams, StoppingCriteria
 from router.step import StepResult
@@ -76,7 +76,6 @@ def microseconds(work: Callable[[], object], *, repeats: int = 7, calls: int = 2
 
 def make_sequence() -> Sequence:
     """A live sequence, the only one of its request."""
-    output = TextOutput(None, (), include_stop_string=False)
     request = Request(
         request_id="request",
         prompt_token_ids=array("i", range(NUM_INPUT)),
@@ -88,11 +87,10 @@ def make_sequence() -> Sequence:
         eos_token_ids=frozenset(),
         priority=0,
         sink=OutputStream(1),
-        new_output=lambda: output,
+        new_output=lambda token_ids: TextOutput(token_ids, None, (), include_stop_string=False),
     )
     request.received_at, request.finish_reason = time.monotonic(), FinishReason.LENGTH
-    request.sequences[0] = Sequence(request, 0, request.prompt_token_ids, output)
-    return request.sequences[0]
+    return first_sequence(request)
 
 
 def router_step(sequences: list[Sequence]) -> Callable[[], None]:
@@ -103,10 +101,7 @@ def router_step(sequences: list[Sequence]) -> Callable[[], None]:
     def step() -> None:
         for _ in range(5):
             time.perf_counter()
-        tally.outputs_arrived()
-        for sequence in sequences:
-            tally.token(sequence)
-        tally.outputs_taken()
+        tally.tokens(sequences, tally.now())
         tally.step_ended(times, result)
 
     return step

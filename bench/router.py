@@ -5,9 +5,9 @@
 A real router with a real memory service and a compute service whose steps are over after a fixed time
 (`bench.timed_servicer`); clients are grpc.aio stubs in a process of their own, all streams on one TCP connection. Routers
 that send tokens as they come and routers that let them run together (`--stream-interval-ms`) take turns; each gets a new
-process. The last round of each is sampled by processor time (`bench.sampled_router`): our own Python is what those
-samples found in functions of ours, what they call in C (protobuf, the tokenizer) included, gRPC and asyncio excluded.
-A sample takes microseconds, a few hundred times a second, so that round counts like the others.
+process, sampled by processor time (`bench.sampled_router`): our own Python is what those samples found in functions of
+ours, what they call in C (protobuf, the tokenizer) included, gRPC and asyncio excluded. A sample takes microseconds, and
+comes a few hundred times a second.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def show(rounds: dict[float, list[Round]], load: Load) -> None:
         table.add_row(name, *(column[name] for column in columns))
     console.print(table)
     for interval_ms, found in rounds.items():
-        console.print(f"{_name(interval_ms)}, own Python: {_own_functions(found[-1])}")
+        console.print(f"{_name(interval_ms)}, own Python of one: {_own_functions(found[-1])}")
     machine = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     console.print(
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, {machine}"
@@ -80,7 +80,7 @@ def _figures(rounds: Sequence[Round]) -> dict[str, str]:
             f"processor, us a token: {name}": f"{median(found.cpu_us[name] for found in rounds):.1f}"
             for name in rounds[0].cpu_us
         },
-        "own Python of the router, us a token": f"{rounds[-1].own_us:.1f}",
+        "own Python of the router, us a token": f"{median(found.own_us for found in rounds):.1f}",
         "TTFT p50 / p99, ms": _spread([view.ttft_ms for view in seen]),
         "between messages p50 / p99, ms": _spread([view.gap_ms for view in seen]),
         "ITL (mean a stream), ms": f"{median(view.itl_ms for view in seen):.1f}",
@@ -120,9 +120,9 @@ def main() -> None:
         RunningMemory.started(Path(folder), NUM_BLOCKS) as memory,
     ):
         stage = Stage(Path(folder), memory, load)
-        for number in range(num_rounds):
+        for _ in range(num_rounds):
             for interval_ms, found in rounds.items():
-                found.append(stage.round(interval_ms, sampled=number == num_rounds - 1))
+                found.append(stage.round(interval_ms))
     show(rounds, load)
     console.print(f"how fast it is then: {_pace()}")
 

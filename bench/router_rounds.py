@@ -73,10 +73,10 @@ class Stage:
         self._memory = memory
         self._load = load
 
-    def round(self, interval_ms: float, *, sampled: bool) -> Round:
+    def round(self, interval_ms: float) -> Round:
         """Start compute service and router, let clients read for a while, and end both."""
-        with self._compute(), self._router(interval_ms, sampled=sampled) as (router, address):
-            return self._read(router, address, sampled=sampled)
+        with self._compute(), self._router(interval_ms) as (router, address):
+            return self._read(router, address)
 
     @property
     def _compute_address(self) -> str:
@@ -95,13 +95,11 @@ class Stage:
             yield
 
     @contextmanager
-    def _router(
-        self, interval_ms: float, *, sampled: bool
-    ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-        module = ("bench.sampled_router", str(self._report)) if sampled else ("router",)
+    def _router(self, interval_ms: float) -> Iterator[tuple[subprocess.Popen[str], str]]:
         address = f"127.0.0.1:{_free_port()}"
         with _module(
-            *(*module, "--listen", address, "--metrics-listen", "off", "--log-level", "warning"),
+            *("bench.sampled_router", str(self._report), "--listen", address),
+            *("--metrics-listen", "off", "--log-level", "warning"),
             *("--memory-address", self._memory.address, "--compute-address", self._compute_address),
             *("--max-num-seqs", str(self._load.num_streams), "--max-num-batched-tokens", "8192"),
             *("--stream-interval-ms", str(interval_ms)),
@@ -109,7 +107,7 @@ class Stage:
             _wait_until_ready(address)
             yield process, address
 
-    def _read(self, router: subprocess.Popen[str], address: str, *, sampled: bool) -> Round:
+    def _read(self, router: subprocess.Popen[str], address: str) -> Round:
         load = self._load
         with _module(
             "bench.router_clients", address, str(load.num_streams), str(load.seconds)
@@ -123,15 +121,13 @@ class Stage:
                 "compute": self._computing,
             }
             before = _cpu_seconds(processes)
-            if sampled:
-                router.send_signal(signal.SIGUSR1)
+            router.send_signal(signal.SIGUSR1)
             assert clients.stdout.readline() == "end\n"
             used = {name: spent - before[name] for name, spent in _cpu_seconds(processes).items()}
-            if sampled:
-                router.send_signal(signal.SIGUSR2)
+            router.send_signal(signal.SIGUSR2)
             seen = ClientView(**json.loads(clients.stdout.readline()))
         cpu_us = {name: spent / seen.num_tokens * 1e6 for name, spent in used.items()}
-        return Round(seen, cpu_us, self._samples() if sampled else ())
+        return Round(seen, cpu_us, self._samples())
 
     def _samples(self) -> tuple[Sample, ...]:
         return tuple(Sample(*found) for found in json.loads(self._report.read_text()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 from contextlib import suppress
 from itertools import chain
@@ -80,6 +81,9 @@ async def _serve_node(
         if node is not None:
             _add_metrics(metrics, node, settings)
             servicer.serve(node)
+            # What there is now stays: a search of it for garbage would hold up every stream.
+            gc.collect()
+            gc.freeze()
             _logger.info(
                 "serving",
                 addresses=addresses,

@@ -86,12 +86,13 @@ class Intake:
             eos_token_ids=eos_token_ids,
             priority=priority,
             sink=sink,
-            new_output=partial(self._new_output, prompt.token_ids, stopping),
+            new_output=partial(self._new_output, stopping),
             tenant=tenant,
         )
 
-    def _new_output(self, token_ids: Sequence[int], stopping: StoppingCriteria) -> TextOutput:
+    def _new_output(self, stopping: StoppingCriteria, token_ids: array[int]) -> TextOutput:
         return TextOutput(
+            token_ids,
             self._tokenizer.stream(token_ids),
             stopping.stop_strings,
             include_stop_string=stopping.include_stop_string,

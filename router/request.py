@@ -81,7 +81,7 @@ class Request:
     eos_token_ids: frozenset[int]  # among them, the model's own
     priority: int
     sink: Sink
-    new_output: Callable[[], TextOutput]
+    new_output: Callable[[array[int]], TextOutput]  # of the tokens of a sequence, which grow
     tenant: str = ""  # whose it is, from the call's credentials; empty: of all who have none
     error: QuireError | None = None  # what ended it, if one did
     arrival: int = 0  # number given by the scheduler; order among equals
@@ -163,19 +163,19 @@ class Sequence:
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
     pending_end: int = 0  # of the tokens that steps in flight sample; 0: none does
-    pending_source: tuple[int, int] = (
-        0,
-        0,
-    )  # step, and output of it, that samples the last of them
+    pending_step: int = 0  # samples the last of them
+    pending_output: int = 0  # of that step
     num_committed_tokens: int = 0  # of the computed, those that memory was told of
     block_table: list[int] = field(default_factory=list)
     has_forked: bool = False  # the prompt is sampled, or was: the siblings, if any, exist
     last_token_at: float = 0.0  # seconds of the router's clock; 0: no output yet
     num_prompt_tokens: int = field(init=False)
     max_inputs: int = field(init=False)  # tokens that are ever run: the last one is nobody's input
+    end_token_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
         # Asked for at every token.
+        self.end_token_ids = self.request.end_token_ids
         self.num_prompt_tokens = len(self.request.prompt_token_ids)
         self.max_inputs = self.num_prompt_tokens + self.request.max_tokens - 1
 
@@ -230,30 +230,51 @@ class Sequence:
         """Sorts the most urgent first."""
         return (self.request.priority, self.request.arrival, self.sample_index)
 
+    def goes_on_at(self, position: int, incarnation: int) -> bool:
+        """Whether the token that a step sampled for `position` is the next one.
+
+        Not of a sequence that ended a step ago, for instance by a stop string. One that was preempted meanwhile takes
+        it: the token is the same in any admission. Not once it was admitted again: compute has a row of it without the
+        token.
+        """
+        if position != len(self.token_ids):
+            return False
+        if incarnation == self.incarnation:
+            return self.state is not SequenceState.FINISHED
+        return self.state is SequenceState.WAITING
+
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """Add a sampled token; what it completes goes to the sink. It may end the sequence."""
-        request, output = self.request, self.output
+        """Add a sampled token, of which the sink is told. It may end the sequence."""
+        output = self.output
         self.token_ids.append(token_id)
-        if token_id in request.end_token_ids:
-            output.append_silent(token_id, logprobs)
-            matched = None if token_id in request.eos_token_ids else token_id
-            self._end(FinishReason.STOP, matched)
-            return
-        num_tokens = len(self.token_ids) - self.num_prompt_tokens
-        may_stop = num_tokens >= request.stopping.min_tokens
-        match: StopMatch | None = output.append(token_id, logprobs, may_stop=may_stop)
-        if match is not None:
-            request.sink.output(self.sample_index, output)
+        if logprobs is not None:
+            output.add_logprobs(logprobs)
+        if token_id in self.end_token_ids:
+            output.hide_last()
+            self._end(
+                FinishReason.STOP, None if token_id in self.request.eos_token_ids else token_id
+            )
+        elif output.is_searched and (match := self._search()) is not None:
+            self._tell()
             self.finish(FinishReason.STOP, matched=match.stop_string)
-        elif num_tokens >= request.max_tokens:
+        elif len(self.token_ids) > self.max_inputs:
             self._end(FinishReason.LENGTH)
-        else:
-            request.sink.output(self.sample_index, output)
+        elif not output.is_told:
+            self._tell()
+
+    def _search(self) -> StopMatch | None:
+        return self.output.search(
+            may_stop=self.num_output_tokens >= self.request.stopping.min_tokens
+        )
+
+    def _tell(self) -> None:
+        self.output.is_told = True
+        self.request.sink.output(self.sample_index, self.output)
 
     def _end(self, reason: FinishReason, matched: int | None = None) -> None:
         """With all output that is there; a stop string cuts it off instead."""
         self.output.finish()
-        self.request.sink.output(self.sample_index, self.output)
+        self._tell()
         self.finish(reason, matched=matched)
 
     def cut_off(self, reason: FinishReason) -> None:
@@ -267,15 +288,8 @@ class Sequence:
 
     def fork(self, sample_index: int) -> Sequence:
         """The sibling `sample_index`, sharing the prompt, which a step in flight computes to its end."""
-        child = Sequence(
-            self.request,
-            sample_index,
-            array("i", self.request.prompt_token_ids),
-            self.request.new_output(),
-            num_computed_tokens=self.num_prompt_tokens,
-            has_forked=True,
-        )
-        self.request.sequences[sample_index] = child
+        child = _new_sequence(self.request, sample_index)
+        child.num_computed_tokens, child.has_forked = self.num_prompt_tokens, True
         return child
 
     def begin(self, block_table: list[int], num_cached_tokens: int) -> bool:
@@ -304,6 +318,11 @@ class Sequence:
 
 def first_sequence(request: Request) -> Sequence:
     """The sequence that computes the prompt; siblings are forked from it."""
-    sequence = Sequence(request, 0, array("i", request.prompt_token_ids), request.new_output())
-    request.sequences[0] = sequence
+    return _new_sequence(request, 0)
+
+
+def _new_sequence(request: Request, sample_index: int) -> Sequence:
+    token_ids = array("i", request.prompt_token_ids)
+    sequence = Sequence(request, sample_index, token_ids, request.new_output(token_ids))
+    request.sequences[sample_index] = sequence
     return sequence

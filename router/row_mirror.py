@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from router.request import Sequence
     from router.step import Fork, StepBatch
 
 
@@ -87,7 +86,14 @@ class RowMirror:
         parent_rows = {fork.parent_row for fork in batch.forks}
         batch.drop_rows = [row for row in self._drops if row not in parent_rows]
         self._drops = {row: self._drops[row] for row in parent_rows & self._drops.keys()}
-        batch.new_rows = [work.sequence for work in batch.work if not self._knows(work.sequence)]
+        known, work = self._known, batch.work
+        batch.new_rows = [
+            sequence
+            for sequence, row, incarnation in zip(
+                work.sequences, work.rows, work.incarnations, strict=True
+            )
+            if known.get(row) != incarnation
+        ]
         for sequence in batch.new_rows:
             self._known[sequence.row] = sequence.incarnation
         batch.appends = [(row, block) for row, found in self._appends.items() for block in found]
@@ -113,6 +119,3 @@ class RowMirror:
             return []
         has = self._known | self._drops
         return [fork for fork in forks if has.get(fork.parent_row) == fork.parent_incarnation]
-
-    def _knows(self, sequence: Sequence) -> bool:
-        return self._known.get(sequence.row) == sequence.incarnation

@@ -23,16 +23,16 @@ class RowTable:
     def __init__(self, num_rows: int) -> None:
         self._num_rows = num_rows
         self._free = list(range(num_rows - 1, -1, -1))
-        self._running: dict[int, Sequence] = {}
+        self.holders: dict[int, Sequence] = {}  # by row, for others to read
         self._by_urgency: list[Sequence] = []  # they, in the order that every step plans them in
 
     def __len__(self) -> int:
         """Running sequences."""
-        return len(self._running)
+        return len(self.holders)
 
     def get(self, row: int) -> Sequence | None:
         """The running sequence that holds `row`."""
-        return self._running.get(row)
+        return self.holders.get(row)
 
     def __iter__(self) -> Iterator[Sequence]:
         """The running sequences, most urgent first."""
@@ -40,12 +40,12 @@ class RowTable:
 
     def holds(self, sequence: Sequence) -> bool:
         """Whether `sequence` runs."""
-        return self._running.get(sequence.row) is sequence
+        return self.holders.get(sequence.row) is sequence
 
     @property
     def num_unclaimed(self) -> int:
         """Free rows that no sibling will need."""
-        return len(self._free) - sum(found.num_sequences - 1 for found in self._running.values())
+        return len(self._free) - sum(found.num_sequences - 1 for found in self.holders.values())
 
     def give(self, sequence: Sequence) -> None:
         """Give a free row to `sequence`, with a new incarnation."""
@@ -55,12 +55,12 @@ class RowTable:
     def start(self, sequence: Sequence) -> None:
         """Let `sequence` run in the row it was given."""
         sequence.state = SequenceState.RUNNING
-        self._running[sequence.row] = sequence
+        self.holders[sequence.row] = sequence
         insort(self._by_urgency, sequence, key=lambda found: found.urgency)
 
     def release(self, sequence: Sequence) -> int:
         """Stop `sequence`; its row is not free before `free` says that memory knows."""
-        del self._running[sequence.row]
+        del self.holders[sequence.row]
         self._by_urgency.remove(sequence)
         return sequence.row
 
@@ -70,7 +70,7 @@ class RowTable:
 
     def clear(self, held_rows: Iterable[int]) -> None:
         """Nobody runs; `held_rows` are still to be released, all others are free."""
-        self._running.clear()
+        self.holders.clear()
         self._by_urgency.clear()
         held = set(held_rows)
         self._free = [row for row in range(self._num_rows - 1, -1, -1) if row not in held]

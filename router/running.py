@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from router.request import FinishReason
 from router.row_mirror import RowMirror
 from router.rows import RowTable
-from router.step import Commit, Fork, Output, Release, ReleaseReason, StepBatch
+from router.step import Commits, Fork, Release, ReleaseReason, StepBatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from router.request import Sequence
-    from router.step import MemoryAnswer, StepPlan, Work
+    from router.step import MemoryAnswer, StepPlan, StepWork
 
 RELEASE_REASONS = {
     FinishReason.STOP: ReleaseReason.FINISHED,
@@ -34,7 +34,8 @@ class Running:
         self.rows = RowTable(num_rows)
         self._block_size = block_size
         self._mirror = RowMirror()
-        self._commits: dict[int, Commit] = {}
+        self._progressed: dict[int, Sequence] = {}  # by row: memory has not heard how far
+        self._commits = Commits()  # of those among them that have left
         self._releases: dict[int, ReleaseReason] = {}
         self._forks: list[Fork] = []  # of which memory is to hear
         self._unborn: list[Fork] = []  # whose source step is in flight
@@ -56,7 +57,7 @@ class Running:
     @property
     def owes_memory(self) -> bool:
         """Whether memory has something to hear, which may free blocks."""
-        return bool(self._commits or self._releases or self._forks)
+        return bool(self._progressed or self._commits or self._releases or self._forks)
 
     # Begin and end
 
@@ -72,6 +73,8 @@ class Running:
         if not self.rows.holds(sequence):
             return False
         row = self.rows.release(sequence)
+        if self._progressed.pop(row, None):
+            self._commit(sequence)
         self._mirror.drop(row)
         self.give_back(row, reason)
         return True
@@ -84,7 +87,10 @@ class Running:
 
     def plan(self, plan: StepPlan) -> None:
         """Put into `plan` all that memory has to hear."""
-        plan.commits, self._commits = list(self._commits.values()), {}
+        for sequence in self._progressed.values():
+            self._commit(sequence)
+        self._progressed = {}
+        plan.commits, self._commits = self._commits, Commits()
         plan.forks, self._forks = self._forks, []
         self._plan_releases(plan)
         if not self.rows:
@@ -97,6 +103,14 @@ class Running:
             # Memory takes the commits of a plan in before its forks: it knows as much of the child as of the parent.
             fork.child.num_committed_tokens = min(fork.parent.num_committed_tokens, fork.num_tokens)
             self._mirror.fork(fork)
+
+    def _commit(self, sequence: Sequence) -> None:
+        """Tell memory how far a sequence is that holds its row."""
+        size, num_computed = self._block_size, sequence.num_computed_tokens
+        first, end = sequence.num_committed_tokens // size, num_computed // size
+        sequence.num_committed_tokens = num_computed
+        token_ids = sequence.token_ids[first * size : end * size].tobytes() if end > first else b""
+        self._commits.add(sequence.row, num_computed, token_ids)
 
     def _plan_releases(self, plan: StepPlan) -> None:
         """Release all rows but those of parents whose children memory makes in this very step."""
@@ -129,22 +143,21 @@ class Running:
         for src, dst in answer.copies:
             self._mirror.copy(src, dst)
 
-    def make_batch(self, plan: StepPlan, work: list[Work]) -> StepBatch:
+    def make_batch(self, plan: StepPlan, work: StepWork) -> StepBatch:
         """The step that runs `work`, with all that compute has to be told before."""
         batch = StepBatch(step=plan.step, work=work)
         self._mirror.fill(batch)
         forked = {fork.child.row for fork in batch.forks}
         step, pending, outputs = batch.step, batch.pending, batch.outputs
-        for sequence, _, start, num_tokens in work:
+        columns = (work.sequences, work.rows, work.starts, work.num_tokens)
+        for sequence, row, start, num_tokens in zip(*columns, strict=True):
             end, num_known = start + num_tokens, len(sequence.token_ids)
-            if end > num_known and sequence.row not in forked:
-                pending.append((sequence.row, *sequence.pending_source))
+            if end > num_known and row not in forked:
+                pending.add(row, sequence.pending_step, sequence.pending_output)
             sequence.num_in_flight_tokens += num_tokens
             if end >= num_known and end >= sequence.pending_end:
-                # As `_add_output`, without a call for every sequence in every step.
-                sequence.pending_end = end + 1
-                sequence.pending_source = (step, len(outputs))
-                outputs.append(Output(sequence, sequence, sequence.incarnation, end))
+                sequence.pending_end, sequence.pending_step = end + 1, step
+                sequence.pending_output = outputs.add(row, sequence, sequence.incarnation, end)
                 if not sequence.has_forked:
                     self._fork_siblings(sequence, batch)
         return batch
@@ -152,30 +165,13 @@ class Running:
     def _fork_siblings(self, sequence: Sequence, batch: StepBatch) -> None:
         """Where the prompt ends it is sampled for the siblings too, which begin so."""
         for sample_index in sequence.missing_samples:
-            child = sequence.fork(sample_index)
-            fork = Fork(
-                sequence,
-                sequence.row,
-                sequence.incarnation,
-                child,
-                sequence.num_prompt_tokens,
-                batch.step,
-                len(batch.outputs),
-            )
+            child, end = sequence.fork(sample_index), sequence.num_prompt_tokens
+            index = batch.outputs.add(sequence.row, child, child.incarnation + 1, end)
+            child.pending_end, child.pending_step, child.pending_output = end + 1, batch.step, index
+            fork = Fork(sequence, sequence.row, sequence.incarnation, child, end, batch.step, index)
             self._forks.append(fork)
             self._unborn.append(fork)
-            self._add_output(
-                sequence, child, child.incarnation + 1, sequence.num_prompt_tokens, batch
-            )
         sequence.has_forked = True
-
-    @staticmethod
-    def _add_output(
-        source: Sequence, sequence: Sequence, incarnation: int, position: int, batch: StepBatch
-    ) -> None:
-        sequence.pending_end = position + 1
-        sequence.pending_source = (batch.step, len(batch.outputs))
-        batch.outputs.append(Output(source, sequence, incarnation, position))
 
     def skipped(self, plan: StepPlan) -> None:
         """The step ran nothing: whoever needed a copy of its answer was refused or preempted."""
@@ -188,26 +184,17 @@ class Running:
         """The step was run: its copies were made, and its tokens are computed."""
         self._acknowledge_step(batch.step)
         self._unborn = [fork for fork in self._unborn if fork.source_step != batch.step]
-        for sequence, incarnation, _, num_tokens in batch.work:
-            if sequence.incarnation == incarnation and self.rows.holds(sequence):
+        work, holders = batch.work, self.rows.holders
+        columns = (work.sequences, work.incarnations, work.rows, work.num_tokens)
+        for sequence, incarnation, row, num_tokens in zip(*columns, strict=True):
+            if sequence.incarnation == incarnation and holders.get(row) is sequence:
                 sequence.num_in_flight_tokens -= num_tokens
                 sequence.num_computed_tokens += num_tokens
-                self._commit(sequence)
+                self._progressed[row] = sequence
 
     def _acknowledge_step(self, step: int) -> None:
         self._acknowledged_step = max(step, self._acknowledged_step)
         self._mirror.acknowledge_copies(step)
-
-    def _commit(self, sequence: Sequence) -> None:
-        """Note progress, on top of what an earlier step made that memory has not heard of."""
-        row, size, num_computed = sequence.row, self._block_size, sequence.num_computed_tokens
-        first, end = sequence.num_committed_tokens // size, num_computed // size
-        sequence.num_committed_tokens = num_computed
-        earlier = self._commits.get(row)
-        token_ids = earlier.token_ids if earlier else b""
-        if end > first:
-            token_ids += sequence.token_ids[first * size : end * size].tobytes()
-        self._commits[row] = Commit(row, num_computed, token_ids)
 
     # Losses
 
@@ -230,7 +217,8 @@ class Running:
         orphans = [*self.rows, *(fork.child for fork in self._forks)]
         # A row that was given up and not told of still belongs to whoever gave it up.
         self._releases = {row: self._releases.get(row, ReleaseReason.RESUMED) for row in held_rows}
-        self._commits, self._forks, self._unborn = {}, [], []
+        self._progressed, self._commits = {}, Commits()
+        self._forks, self._unborn = [], []
         self._unused_rows.clear()
         self.rows.clear(self._releases)
         self._mirror = RowMirror()

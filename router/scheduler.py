@@ -18,7 +18,7 @@ from router.preemption import victims_of
 from router.request import FinishReason, SequenceState
 from router.requests import RequestTable
 from router.running import RELEASE_REASONS, Running
-from router.step import RefusalReason, ReleaseReason, StepPlan, Work
+from router.step import RefusalReason, ReleaseReason, StepPlan, StepWork
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from router.request import Request, Sequence
     from router.step import (
         MemoryAnswer,
-        Output,
         StepBatch,
         StepFailure,
         StepResult,
@@ -157,13 +156,13 @@ class Scheduler:
         return plan
 
     def _plan_extends(self, plan: StepPlan) -> int:
-        budget = self._limits.max_num_batched_tokens
-        extends = plan.extends
+        budget, extends = self._limits.max_num_batched_tokens, plan.extends
         for sequence in self._candidates():
             start, num_tokens = sequence.tokens_to_run()
-            if num_tokens > 0 and budget > 0:
-                num_tokens = min(num_tokens, budget)
-                extends.append(Work(sequence, sequence.incarnation, start, num_tokens))
+            if num_tokens > budget:  # noqa: PLR1730 -- as there
+                num_tokens = budget
+            if num_tokens > 0:
+                extends.add(sequence, start, num_tokens)
                 budget -= num_tokens
         return budget
 
@@ -183,11 +182,12 @@ class Scheduler:
         if answer.refusals:
             self._end_larger_than_quota(plan, answer)
         self._running.take_tables(plan, answer)
-        work = plan.extends + list(self._take_admissions(plan, answer))
+        work = plan.extends
+        self._take_admissions(plan, answer, work)
         if answer.refusals:
-            self._preempt_for(plan, answer)
+            self._preempt_for(work, answer)
         if answer.refusals or self._has_left:
-            work = [found for found in work if self._may_run(found, answer)]
+            work = self._runnable(work, answer)
         if not work:
             return None
         self._last_batch = plan.step
@@ -195,12 +195,12 @@ class Scheduler:
 
     def _end_larger_than_quota(self, plan: StepPlan, answer: MemoryAnswer) -> None:
         """Waiting is of no use to them, and they would keep their tenant's blocks."""
-        for sequence in [*(work.sequence for work in plan.extends), *plan.admits]:
+        for sequence in [*plan.extends.sequences, *plan.admits]:
             is_larger = answer.refusals.get(sequence.row) is RefusalReason.LARGER_THAN_QUOTA
             if is_larger and self._requests.is_live(sequence.request):
                 self._end(sequence.request, _larger_than_quota(sequence.request))
 
-    def _take_admissions(self, plan: StepPlan, answer: MemoryAnswer) -> Iterator[Work]:
+    def _take_admissions(self, plan: StepPlan, answer: MemoryAnswer, work: StepWork) -> None:
         for sequence, admission in self._admissions.take(plan, answer):
             request, num_cached = sequence.request, admission.num_cached_tokens
             if sequence.state is SequenceState.FINISHED:  # aborted since the plan
@@ -210,17 +210,21 @@ class Scheduler:
             self._running.start(sequence)
             if sequence.begin(admission.block_table, num_cached):
                 self._tally.admitted(request)
-            yield Work(sequence, sequence.incarnation, num_cached, admission.num_scheduled_tokens)
+            work.add(sequence, num_cached, admission.num_scheduled_tokens)
 
-    def _may_run(self, work: Work, answer: MemoryAnswer) -> bool:
-        return self._running.holds(work.sequence) and work.sequence.row not in answer.refusals
+    def _runnable(self, work: StepWork, answer: MemoryAnswer) -> StepWork:
+        found = StepWork()
+        for sequence, _, row, start, num_tokens in work:
+            if self._running.holds(sequence) and row not in answer.refusals:
+                found.add(sequence, start, num_tokens)
+        return found
 
-    def _preempt_for(self, plan: StepPlan, answer: MemoryAnswer) -> None:
+    def _preempt_for(self, planned: StepWork, answer: MemoryAnswer) -> None:
         """Make room for the running sequences that memory refused: the next step finds it."""
         refused = (
             work
-            for work in plan.extends
-            if self._running.holds(work.sequence) and work.sequence.row in answer.refusals
+            for work in planned
+            if self._running.holds(work.sequence) and work.row in answer.refusals
         )
         self.victims = victims_of(refused, self._running, answer, self._limits.block_size)
         for victim in self.victims:
@@ -236,35 +240,29 @@ class Scheduler:
 
     def acknowledge(self, batch: StepBatch) -> None:
         """The step ran: its tokens are computed. What it sampled stays pending, and needs not be known to plan on."""
-        self._isolation.step_succeeded(work.sequence for work in batch.work)
+        self._isolation.step_succeeded(batch.work.sequences)
         self._running.acknowledge(batch)
 
     def take_outputs(self, batch: StepBatch, result: StepResult) -> None:
         """Take in the tokens that an acknowledged step sampled, and the ends that they bring."""
-        self._tally.outputs_arrived()
-        token_ids, logprobs = result.token_ids, result.logprobs
-        for index, output in enumerate(batch.outputs):
-            if not self._is_next(output):
+        outputs, logprobs, arrived_at = batch.outputs, result.logprobs, self._tally.now()
+        took: list[Sequence] = []
+        columns = (
+            range(len(outputs)),
+            outputs.sequences,
+            outputs.incarnations,
+            outputs.positions,
+            result.token_ids,
+        )
+        for index, sequence, incarnation, position, token_id in zip(*columns, strict=True):
+            if not sequence.goes_on_at(position, incarnation):
                 continue
-            sequence = output.sequence
-            self._tally.token(sequence)
-            sequence.append(token_ids[index], logprobs.get(index) if logprobs else None)
+            took.append(sequence)
+            sequence.append(token_id, logprobs.get(index) if logprobs else None)
             if sequence.state is SequenceState.FINISHED:
                 self._leave(sequence, ReleaseReason.FINISHED)
                 self._forget_if_finished(sequence.request)
-        self._tally.outputs_taken()
-
-    def _is_next(self, output: Output) -> bool:
-        """Whether the sequence goes on with this token.
-
-        Not one that ended a step ago, for instance by a stop string. One that was preempted meanwhile does: the token
-        is the same in any admission. Not once it was admitted again: compute has a row of it without the token.
-        """
-        sequence = output.sequence
-        if sequence.state is SequenceState.FINISHED or output.position != len(sequence.token_ids):
-            return False
-        is_same = output.incarnation == sequence.incarnation
-        return is_same or sequence.state is SequenceState.WAITING
+        self._tally.tokens(took, arrived_at)
 
     def fail(self, batch: StepBatch, failure: StepFailure) -> Sequence | None:
         """Roll back to what was acknowledged; the sequence that makes steps fail once it is found: its request ends.
@@ -275,7 +273,7 @@ class Scheduler:
             return None
         self.compute_lost()
         guilty = self._isolation.step_failed(
-            [work.sequence for work in batch.work if self._running.holds(work.sequence)],
+            [found for found in batch.work.sequences if self._running.holds(found)],
             len(batch.work),
         )
         if guilty is not None:

@@ -222,7 +222,7 @@ class StepLoop:
         return batch
 
     def _fail(self, batch: StepBatch, outcome: StepFailure) -> None:
-        sequence_ids = [work.sequence.sequence_id for work in batch.work]
+        sequence_ids = [sequence.sequence_id for sequence in batch.work.sequences]
         if outcome.message:  # else an earlier one failed, and this one was only discarded
             _logger.warning(
                 "step_failed", step=outcome.step, reason=outcome.message, sequence_ids=sequence_ids

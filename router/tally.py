@@ -1,6 +1,6 @@
 """What happened to requests and steps, in plain numbers; `router.metrics` shows them.
 
-Every token passes through here, so nothing is looked up or locked: one clock reading serves all tokens of a step.
+Nothing is looked up or locked, and the tokens of a step are counted together: one clock reading serves all of them.
 """
 
 from __future__ import annotations
@@ -68,9 +68,6 @@ class Tally:
         self.queue_time = Distribution(REQUEST_BOUNDS_S)
         self.step_stages = {stage: Distribution(STEP_BOUNDS_S) for stage in _STAGES}
         self.now = clock  # seconds
-        self._outputs_at = 0.0
-        self._last_outputs_at = 0.0  # of the tokens that `num_output_tokens` does not count yet
-        self._num_tokens = 0  # they
 
     # Requests
 
@@ -103,37 +100,24 @@ class Tally:
 
     # Tokens
 
-    def outputs_arrived(self) -> None:
-        """The tokens that are counted next were sampled by one step."""
-        self._outputs_at = self.now()
-
-    def token(self, sequence: Sequence) -> None:
-        """`sequence` gets one more output token."""
-        last = sequence.last_token_at
-        sequence.last_token_at = self._outputs_at
-        # Most of them had one in the step before: their gaps are one number.
-        if last != self._last_outputs_at:
-            self._count_tokens()
-            self._last_outputs_at = last
-        self._num_tokens += 1
-        if not last and not sequence.request.first_token_at:
-            self._first_token(sequence.request)
-
-    def _first_token(self, request: Request) -> None:
-        request.first_token_at = self._outputs_at
-        self.time_to_first_token.observe(self._outputs_at - request.received_at)
-
-    def outputs_taken(self) -> None:
-        """All tokens of the step were counted."""
-        self._count_tokens()
-
-    def _count_tokens(self) -> None:
-        """Tokens of sequences that had their last one at the same time, or had none."""
-        count, self._num_tokens = self._num_tokens, 0
-        if count:
+    def tokens(self, sequences: list[Sequence], arrived_at: float) -> None:
+        """Each of `sequences` got one more output token from a step that compute answered at `arrived_at`."""
+        # Most had one in the step before: their gaps are one number.
+        gaps_by_last = Counter([sequence.last_token_at for sequence in sequences])
+        for last_at, count in gaps_by_last.items():
             self.num_output_tokens += count
-            if self._last_outputs_at:
-                self.inter_token_latency.observe(self._outputs_at - self._last_outputs_at, count)
+            if last_at:
+                self.inter_token_latency.observe(arrived_at - last_at, count)
+            else:
+                self._first_tokens(sequences, arrived_at)
+        for sequence in sequences:
+            sequence.last_token_at = arrived_at
+
+    def _first_tokens(self, sequences: list[Sequence], arrived_at: float) -> None:
+        for request in (sequence.request for sequence in sequences):
+            if not request.first_token_at:
+                request.first_token_at = arrived_at
+                self.time_to_first_token.observe(arrived_at - request.received_at)
 
     # Steps
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from router.stop_strings import StopMatch, find_stop, held_back_length
 
 if TYPE_CHECKING:
+    from array import array
+
     from router.step import TokenLogprobs
 
 
@@ -37,61 +39,55 @@ class TextOutput:
     """The text of one sequence.
 
     A token goes out with the text that it completes; without a decoder there is no text, and it goes out at once. Tokens
-    are decoded when they are taken: what nobody takes yet costs a step next to nothing. Stop strings must be noticed at
-    their token: with them tokens are decoded as they come, and text that may begin one is held back.
+    are decoded when they are taken: what nobody takes yet costs a step nothing. Stop strings must be noticed at their
+    token: with them tokens are decoded as they come, and text that may begin one is held back.
+
+    Args:
+        token_ids: of the sequence: what is appended to them from now on is output.
+        decoder: turns them into text; None: there is none.
+        stop_strings: end the output.
+        include_stop_string: show the one that did.
     """
 
     def __init__(
         self,
+        token_ids: array[int],
         decoder: TokenDecoder | None,
         stop_strings: tuple[str, ...],
         *,
         include_stop_string: bool,
     ) -> None:
+        self._token_ids = token_ids
         self._decoder = decoder
         self._stop_strings = stop_strings if decoder else ()
         self._include_stop_string = include_stop_string
-        # Tokens not taken yet: `[0, num_ready)` may go, `[num_ready, num_decoded)` wait for text.
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []  # theirs, if they were asked for
-        self._num_ready = 0
-        self._num_decoded = 0
+        self.is_searched = bool(self._stop_strings)
+        """Whether `search` is to be called for each token."""
+        self.is_told = False
+        """Whether somebody was told that there is something to take."""
+        # Of `token_ids` those up to each place are taken, may go, are decoded: the rest waits for text, or to be decoded.
+        self._num_taken = self._num_ready = self._num_decoded = len(token_ids)
+        self._logprobs: list[TokenLogprobs] = []  # of those not taken, if they were asked for
         self._text = ""  # not taken yet, may go
         self._held_text = ""  # behind it, may begin a stop string
-        # With stop strings, of each decoded token: characters of the held text that must go before it, seen from the
+        # With stop strings, of each token not taken: characters of the held text that must go before it, seen from the
         # beginning of all text.
         self._text_ends: list[int] = []
         self._num_chars = 0  # of all text searched so far
         self._num_released = 0  # of it, not held any more
 
-    def append(
-        self, token_id: int, logprobs: TokenLogprobs | None, *, may_stop: bool
-    ) -> StopMatch | None:
-        """Add a token; the match when it completes a stop string, after which only `take` may follow.
+    def add_logprobs(self, logprobs: TokenLogprobs) -> None:
+        """Those of the last token."""
+        self._logprobs.append(logprobs)
 
-        Args:
-            token_id: the token.
-            logprobs: its log-probabilities, if asked for.
-            may_stop: False while the sequence has fewer than min_tokens: its text is then not searched, now or later.
-        """
-        self._token_ids.append(token_id)
-        if logprobs is not None:
-            self._logprobs.append(logprobs)
-        if not self._stop_strings:
-            return None
-        return self._search(token_id, may_stop=may_stop)
-
-    def append_silent(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """Add a token whose text is not shown: an end token."""
-        self._decode()
-        self._token_ids.append(token_id)
-        if logprobs is not None:
-            self._logprobs.append(logprobs)
+    def hide_last(self) -> None:
+        """The last token is an end token: its text is not shown."""
+        self._decode(len(self._token_ids) - 1)
         self._num_decoded += 1
 
     def finish(self) -> None:
         """Let everything out that is held: no more tokens will come."""
-        self._decode()
+        self._decode(len(self._token_ids))
         self._text += self._held_text
         self._held_text = ""
         if self._decoder:
@@ -100,35 +96,39 @@ class TextOutput:
 
     def take(self) -> OutputDelta | None:
         """What may be sent since the last call, if anything."""
-        self._decode()
-        count = self._num_ready
-        if not count and not self._text:
+        self.is_told = False
+        self._decode(len(self._token_ids))
+        begin, end = self._num_taken, self._num_ready
+        if begin == end and not self._text:
             return None
+        count = end - begin
         delta = OutputDelta(
-            tuple(self._token_ids[:count]), self._text, tuple(self._logprobs[:count])
+            tuple(self._token_ids[begin:end]), self._text, tuple(self._logprobs[:count])
         )
-        del self._token_ids[:count], self._logprobs[:count], self._text_ends[:count]
-        self._num_decoded -= count
-        self._num_ready = 0
+        del self._logprobs[:count], self._text_ends[:count]
+        self._num_taken = end
         self._text = ""
         return delta
 
-    def _decode(self) -> None:
-        """Decode all tokens that no search has decoded."""
-        token_ids, begin = self._token_ids, self._num_decoded
-        self._num_decoded = len(token_ids)
+    def _decode(self, end: int) -> None:
+        """Decode all tokens before `end` that no search has decoded."""
+        begin, self._num_decoded = self._num_decoded, end
         if self._decoder is None:
-            self._num_ready = len(token_ids)
-            return
-        if begin < len(token_ids):
-            text, num_complete = self._decoder.steps(token_ids[begin:])
+            self._num_ready = end
+        elif begin < end:
+            text, num_complete = self._decoder.steps(self._token_ids[begin:end].tolist())
             if num_complete:
                 self._text += text
                 self._num_ready = begin + num_complete
 
-    def _search(self, token_id: int, *, may_stop: bool) -> StopMatch | None:
+    def search(self, *, may_stop: bool) -> StopMatch | None:
+        """The match when the last token completes a stop string, after which only `take` may follow.
+
+        Args:
+            may_stop: False while the sequence has fewer than min_tokens: its text is then not searched, now or later.
+        """
         assert self._decoder is not None
-        text = self._decoder.step(token_id)
+        text = self._decoder.step(self._token_ids[-1])
         self._num_decoded += 1
         self._num_chars += len(text)
         # A token that completes no text waits for the next one that does.
@@ -153,6 +153,7 @@ class TextOutput:
         self._text += self._held_text[:num_chars]
         self._held_text = self._held_text[num_chars:]
         self._num_released += num_chars
-        ends = self._text_ends
-        while self._num_ready < len(ends) and ends[self._num_ready] <= self._num_released:
+        for text_end in self._text_ends[self._num_ready - self._num_taken :]:
+            if text_end > self._num_released:
+                break
             self._num_ready += 1

@@ -252,7 +252,7 @@ class CheckedNode(SimulatedNode):
         return batch
 
     def execute(self, batch: StepBatch) -> None:
-        assert sum(work.num_tokens for work in batch.work) <= BUDGET
+        assert sum(batch.work.num_tokens) <= BUDGET
         super().execute(batch)
         self._machine.num_lost += isinstance(self.in_flight[-1][1], StepFailure)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 
 import pytest
 
@@ -20,11 +21,12 @@ class Sample:
 
     def __init__(self, interval_s: float) -> None:
         self.stream = OutputStream(1, interval_s)
-        self._output = TextOutput(None, (), include_stop_string=False)
+        self._token_ids = array("i")
+        self._output = TextOutput(self._token_ids, None, (), include_stop_string=False)
 
     def sample(self, *token_ids: int) -> None:
         for token_id in token_ids:
-            self._output.append(token_id, None, may_stop=True)
+            self._token_ids.append(token_id)
             self.stream.output(0, self._output)
 
     async def hear(self) -> list[DeltaEvent | Finish]:

@@ -41,7 +41,7 @@ def test_a_step_begins_on_a_token_that_nobody_has_seen() -> None:
     first = begun(node)
     second = begun(node)
     assert work_of(second) == [("r/0", 3, 1)]
-    assert second.pending == [(first.work[0].sequence.row, first.step, 0)]
+    assert list(second.pending) == [(first.work.rows[0], first.step, 0)]
     assert sink_of(request).token_ids == {}
     node.run(steps_in_flight=2)
     assert ended_well(request)
@@ -87,7 +87,7 @@ def test_two_tokens_are_reserved_and_never_a_spare_block() -> None:
     begun(node)
     for _ in range(20):
         batch = begun(node)
-        (sequence,) = (work.sequence for work in batch.work)
+        (sequence,) = batch.work.sequences
         assert sequence.num_in_flight_tokens <= 2 or len(sequence.token_ids) == 3
         assert len(sequence.block_table) == -(-sequence.next_position // SIZE)
         node.end()
@@ -102,8 +102,8 @@ def test_progress_of_two_steps_is_one_commit() -> None:
     node.end()
     node.end()
     plan = node.scheduler.plan()
-    (commit,) = plan.commits
-    assert (commit.num_computed_tokens, len(commit.token_ids)) == (12, 12 * 4)
+    assert plan.commits.num_computed_tokens == [12]
+    assert [len(token_ids) for token_ids in plan.commits.token_ids] == [12 * 4]
     batch = node.admit(plan, node.ask(plan))
     assert batch is not None
     node.execute(batch)
@@ -127,7 +127,7 @@ def test_a_preempted_sequence_takes_its_token_and_makes_no_progress() -> None:
     (sequence,) = request.sequences.values()
     assert sink_of(request).token_ids[0] == expected_tokens(request, 0)[:1]
     assert (sequence.num_computed_tokens, sequence.next_position) == (0, 0)
-    assert node.scheduler.plan().commits == []
+    assert not node.scheduler.plan().commits
 
 
 def test_a_token_of_an_earlier_admission_is_not_taken_twice() -> None:
@@ -291,9 +291,9 @@ def test_the_order_of_results_is_the_order_of_steps() -> None:
     (batch, result) = node.in_flight[1]
     assert isinstance(result, StepResult)
     (output,) = batch.outputs
-    assert not node.scheduler._is_next(output)
+    assert not output.sequence.goes_on_at(output.position, output.incarnation)
     node.end()
-    assert node.scheduler._is_next(output)
+    assert output.sequence.goes_on_at(output.position, output.incarnation)
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2])

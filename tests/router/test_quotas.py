@@ -155,7 +155,7 @@ def running(name: str, tenant: str, priority: int = 0) -> Sequence:
 
 def names_of_victims(sequences: list[Sequence], refusals: dict[str, RefusalReason]) -> list[str]:
     by_row = {ord(name): reason for name, reason in refusals.items()}
-    refused = [Work(found, 1, 8, 1) for found in sequences if found.row in by_row]
+    refused = [Work(found, 1, found.row, 8, 1) for found in sequences if found.row in by_row]
     answer = MemoryAnswer(1, {}, [], {}, [], [], by_row, 0)
     return [found.request.request_id for found in victims_of(refused, sequences, answer, SIZE)]
 

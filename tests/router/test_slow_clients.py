@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -101,14 +102,15 @@ async def both_served() -> tuple[list[OutputDelta], list[pb.Delta]]:
     node = HandFedNode()
     async with router(node) as stub, asyncio.timeout(60):
         quick, slow = await begin(stub), await begin(stub)
-        expected = TextOutput(
-            TOKENIZER.stream(node.prompt_token_ids), (), include_stop_string=False
-        )
+        token_ids = array("i", node.prompt_token_ids)
+        stream = TOKENIZER.stream(token_ids)
+        expected = TextOutput(token_ids, stream, (), include_stop_string=False)
         sent = []
         for index, token_id in enumerate(TOKENS):
             for sequence in node.sequences:
                 sequence.append(token_id, logprobs(index))
-            expected.append(token_id, logprobs(index), may_stop=True)
+            token_ids.append(token_id)
+            expected.add_logprobs(logprobs(index))
             if (delta := expected.take()) is not None:
                 assert (await quick.read()).delta == messages.delta(0, delta).delta
                 sent.append(delta)

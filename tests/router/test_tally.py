@@ -40,7 +40,7 @@ def make_request(num_samples: int = 1) -> Request:
         eos_token_ids=frozenset(),
         priority=0,
         sink=OutputStream(num_samples),
-        new_output=lambda: TextOutput(None, (), include_stop_string=False),
+        new_output=lambda token_ids: TextOutput(token_ids, None, (), include_stop_string=False),
     )
 
 
@@ -71,9 +71,7 @@ def test_times_run_from_when_a_request_was_received() -> None:
     tally.admitted(request)
     for seconds in (1.0, 0.25, 0.5):
         clock.now += seconds
-        tally.outputs_arrived()
-        tally.token(sequence)
-        tally.outputs_taken()
+        tally.tokens([sequence], clock.now)
     request.finish_sample(0, FinishReason.LENGTH)
     clock.now += 2
     tally.finished(request)
@@ -100,10 +98,7 @@ def test_samples_have_one_first_token_and_gaps_of_their_own() -> None:
     samples: list[Sequence] = [first, first.fork(1)]
     for _ in range(2):
         clock.now += 1
-        tally.outputs_arrived()
-        for sequence in samples:
-            tally.token(sequence)
-        tally.outputs_taken()
+        tally.tokens(samples, clock.now)
     assert (tally.time_to_first_token.count, tally.time_to_first_token.sum) == (1, 1.0)
     assert (tally.inter_token_latency.count, tally.inter_token_latency.sum) == (2, 2.0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,10 +37,12 @@ def run(
     pieces: list[str], stops: tuple[str, ...], *, include: bool = False, min_tokens: int = 0
 ) -> tuple[list[tuple[tuple[int, ...], str]], str | None]:
     """What went out, token by token, and the stop string that was found."""
-    output = TextOutput(PieceDecoder(pieces), stops, include_stop_string=include)
+    token_ids = array("i")
+    output = TextOutput(token_ids, PieceDecoder(pieces), stops, include_stop_string=include)
     sent = []
     for token_id in range(len(pieces)):
-        match = output.append(token_id, None, may_stop=token_id + 1 >= min_tokens)
+        token_ids.append(token_id)
+        match = output.search(may_stop=token_id + 1 >= min_tokens) if output.is_searched else None
         is_last = token_id == len(pieces) - 1
         if match is None and is_last:
             output.finish()
@@ -133,14 +137,20 @@ def test_of_two_stop_strings_the_one_that_begins_first_wins() -> None:
     assert (found.stop_string, found.begin, found.end) == ("ab", 1, 3)
 
 
+def output_behind(prompt: str) -> tuple[array[int], TextOutput]:
+    """The tokens of a sequence, to append output to, and their text."""
+    token_ids = array("i", TOKENIZER.encode(prompt, add_special_tokens=False))
+    stream = TOKENIZER.stream(token_ids)
+    return token_ids, TextOutput(token_ids, stream, (), include_stop_string=False)
+
+
 @given(st.text(max_size=30))
 def test_characters_are_never_cut(text: str) -> None:
     """Through the real tokenizer, byte by byte where it must: every piece is whole, and together they are the text."""
-    prompt = TOKENIZER.encode("x", add_special_tokens=False)
-    output = TextOutput(TOKENIZER.stream(prompt), (), include_stop_string=False)
+    output_ids, output = output_behind("x")
     parts = []
     for token_id in TOKENIZER.encode(text, add_special_tokens=False):
-        output.append(token_id, None, may_stop=True)
+        output_ids.append(token_id)
         parts.append(output.take())
     output.finish()
     parts.append(output.take())
@@ -149,11 +159,10 @@ def test_characters_are_never_cut(text: str) -> None:
 
 def take_at(token_ids: list[int], places: set[int]) -> tuple[list[tuple[int, ...]], str]:
     """Tokens and text that went out, taken after the tokens at some places and at the end."""
-    prompt = TOKENIZER.encode("x", add_special_tokens=False)
-    output = TextOutput(TOKENIZER.stream(prompt), (), include_stop_string=False)
+    output_ids, output = output_behind("x")
     deltas = []
     for place, token_id in enumerate(token_ids):
-        output.append(token_id, None, may_stop=True)
+        output_ids.append(token_id)
         if place in places:
             deltas.append(output.take())
     output.finish()
@@ -184,14 +193,13 @@ def test_bytes_that_are_no_text_lose_no_token(token_ids: list[int], places: set[
 def test_tokens_go_with_the_character_that_the_last_of_them_begins() -> None:
     """Those whose text is complete do not wait for it."""
     token_ids = TOKENIZER.encode("ab\N{HUGGING FACE}", add_special_tokens=False)
-    prompt = TOKENIZER.encode("x", add_special_tokens=False)
-    output = TextOutput(TOKENIZER.stream(prompt), (), include_stop_string=False)
+    output_ids, output = output_behind("x")
     for token_id in token_ids[:-1]:
-        output.append(token_id, None, may_stop=True)
+        output_ids.append(token_id)
     delta = output.take()
     assert delta is not None
     assert delta.text == "ab"
-    output.append(token_ids[-1], None, may_stop=True)
+    output_ids.append(token_ids[-1])
     delta = output.take()
     assert delta is not None
     assert delta.text == "\N{HUGGING FACE}"

@@ -77,18 +77,17 @@ class SimulatedDevice:
             self.crash()
         self._needs_reset = False
         self._take(batch)
-        if any(POISON in work.sequence.token_ids for work in batch.work):
+        if any(POISON in sequence.token_ids for sequence in batch.work.sequences):
             self.crash()
             return StepFailure(batch.step, "poison")
         for work in batch.work:
-            self._run(work.sequence.row, work.start, work.start + work.num_tokens)
+            self._run(work.row, work.start, work.start + work.num_tokens)
         token_ids = [
-            next_token(tuple(self._tokens[found.source.row]), found.sequence.sample_index)
+            next_token(tuple(self._tokens[found.source_row]), found.sequence.sample_index)
             for found in batch.outputs
         ]
         self._keep(batch, token_ids)
-        incarnations = [found.incarnation for found in batch.outputs]
-        return StepResult(batch.step, token_ids, incarnations, {}, device_us=0)
+        return StepResult(batch.step, token_ids, batch.outputs.incarnations, {}, device_us=0)
 
     def _take(self, batch: StepBatch) -> None:
         for row in batch.drop_rows:
@@ -136,10 +135,10 @@ class SimulatedDevice:
 
     def _keep(self, batch: StepBatch, token_ids: list[int]) -> None:
         seen = set()
-        for found, token_id in zip(batch.outputs, token_ids, strict=True):
-            if found.source.row not in seen:
-                self._tokens[found.source.row].append(token_id)
-            seen.add(found.source.row)
+        for row, token_id in zip(batch.outputs.source_rows, token_ids, strict=True):
+            if row not in seen:
+                self._tokens[row].append(token_id)
+            seen.add(row)
         self._outputs.append((batch.step, token_ids))
 
 

@@ -70,7 +70,9 @@ def make_request(
         eos_token_ids=frozenset(),
         priority=priority,
         sink=CollectingSink(),
-        new_output=lambda: TextOutput(SilentDecoder(), (), include_stop_string=False),
+        new_output=lambda token_ids: TextOutput(
+            token_ids, SilentDecoder(), (), include_stop_string=False
+        ),
         tenant=tenant,
     )
 
