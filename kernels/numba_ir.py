@@ -112,12 +112,18 @@ def over_chunks(
     carried: Sequence[Value],
     body: Callable[[Value, Value, Sequence[Value]], Sequence[Value]],
 ) -> list[Value]:
-    """A loop over the chunks of a row; `body` gets the offset, how many elements are left, and the values carried."""
+    """A loop over the chunks of a row; `body` gets the offset, what `load_pair` is told is left, and the values carried.
+
+    That is a number in every lane of a vector, which costs an instruction a chunk less than to spread it each time.
+    """
+    step = ir.Constant(INTEGERS, [CHUNK] * LANES)
 
     def chunk(at: Value, values: Sequence[Value]) -> Sequence[Value]:
-        return body(at, builder.sub(dim, at), values)
+        left, *others = values
+        return [builder.sub(left, step), *body(at, left, others)]
 
-    return repeat(builder, (number(0), dim, CHUNK), carried, chunk)
+    left = splat(builder, builder.trunc(dim, I32), INTEGERS)
+    return repeat(builder, (number(0), dim, CHUNK), [left, *carried], chunk)[1:]
 
 
 def element_type(witness: types.Type) -> ir.Type:
@@ -134,17 +140,23 @@ def load_pair(
     the second copy of each loop that a remainder would need.
     """
     if place.type.pointee == I16:
-        pairs = _load_some(builder, place, offset, INTEGERS, builder.lshr(left, number(1)))
+        pairs = _load_some(
+            builder, place, offset, INTEGERS, _before(builder, left, range(0, CHUNK, 2))
+        )
         shift = ir.Constant(INTEGERS, [_BF16_SHIFT] * LANES)
         mask = ir.Constant(INTEGERS, [0xFFFF0000] * LANES)
         even, odd = builder.shl(pairs, shift), builder.and_(pairs, mask)
         return builder.bitcast(even, VECTOR), builder.bitcast(odd, VECTOR)
     second = builder.add(offset, number(LANES))
-    more = builder.sub(left, number(LANES))
     return (
-        _load_some(builder, place, offset, VECTOR, left),
-        _load_some(builder, place, second, VECTOR, more),
+        _load_some(builder, place, offset, VECTOR, _before(builder, left, range(LANES))),
+        _load_some(builder, place, second, VECTOR, _before(builder, left, range(LANES, CHUNK))),
     )
+
+
+def _before(builder: ir.IRBuilder, left: Value, elements: range) -> Value:
+    """Which of these elements of a chunk there are."""
+    return builder.icmp_signed("<", ir.Constant(INTEGERS, list(elements)), left)
 
 
 def in_order(
@@ -160,20 +172,13 @@ def in_order(
 
 
 def _load_some(
-    builder: ir.IRBuilder, place: Value, offset: Value, kind: ir.VectorType, count: Value
+    builder: ir.IRBuilder, place: Value, offset: Value, kind: ir.VectorType, mask: Value
 ) -> Value:
     at = builder.bitcast(builder.gep(place, [offset]), kind.as_pointer())
-    mask = lanes_below(builder, count)
     name = f"llvm.masked.load.v{LANES}{'i32' if kind == INTEGERS else 'f32'}.p0"
     signature = ir.FunctionType(kind, [at.type, I32, mask.type, kind])
     function = _declared(builder, name, signature)
     return builder.call(function, [at, ir.Constant(I32, 4), mask, ir.Constant(kind, None)])
-
-
-def lanes_below(builder: ir.IRBuilder, count: Value) -> Value:
-    """Which lanes are below an int64, as a vector of bits."""
-    lanes = ir.Constant(INTEGERS, list(range(LANES)))
-    return builder.icmp_signed("<", lanes, splat(builder, builder.trunc(count, I32), INTEGERS))
 
 
 def fma(builder: ir.IRBuilder, left: Value, right: Value, addend: Value) -> Value:

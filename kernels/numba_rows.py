@@ -246,7 +246,8 @@ def write_row(_typing_context, element, source, target, dim, factor, is_in_order
         times = code.splat(builder, factor_)
         rest = cgutils.alloca_once(builder, kind, size=code.CHUNK)
 
-        def chunk(at, left, _values):
+        def chunk(at, _left, _values):
+            left = builder.sub(dim_, at)
             places = [builder.add(at, code.number(side * LANES)) for side in (0, 1)]
             loaded = [builder.fmul(code.load(builder, row, place), times) for place in places]
             pair = (loaded[0], loaded[1])
