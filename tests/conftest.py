@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -12,15 +13,18 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Before Triton is there, which any module that imports models may bring: it decides then whether it interprets.
 os.environ["TRITON_INTERPRET"] = "1"
 
+# Collecting imports torch and transformers, whose half a million objects would be searched again and again.
+gc.disable()
+
 import pytest
-from mixed_load import Evidence, run_mixed_load
 from processes import Quire, running_quire
-from tiny_checkpoints import make_checkpoint
 
 from quire import demo_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from mixed_load import Evidence
 
 STARTING = {"system", "k8s", "quire", "bench"}  # folders of tests that start services
 FLAGS = ("--memory-budget", "4MiB", "--max-model-len", "1024", "--log-level", "warning")
@@ -33,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if shared := _shared_with(item):
             item.add_marker(pytest.mark.xdist_group(shared))
     items.sort(key=lambda item: item.path.parent.name not in STARTING)
+    gc.freeze()
+    gc.enable()
 
 
 def _shared_with(item: pytest.Item) -> str | None:
@@ -54,6 +60,8 @@ def quire() -> Iterator[Quire]:
 @pytest.fixture(scope="session")
 def tiny_quire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quire]:
     """The three services with a tiny Llama in float32 that has no tokenizer, in a pool with room for all."""
+    from tiny_checkpoints import make_checkpoint  # noqa: PLC0415 -- torch, for seconds
+
     folder = make_checkpoint(tmp_path_factory.mktemp("tiny") / "model", "llama")
     (folder / "tokenizer.json").unlink()
     flags = ("--dtype", "float32", "--memory-budget", "8MiB", "--log-level", "error")
@@ -64,4 +72,6 @@ def tiny_quire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Quire]:
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> Evidence:
     """What a system that served requests of every kind told, until its end."""
+    from mixed_load import run_mixed_load  # noqa: PLC0415 -- as above
+
     return run_mixed_load(tmp_path_factory.mktemp("loaded"))

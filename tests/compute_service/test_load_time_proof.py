@@ -130,8 +130,14 @@ def test_served_models_have_their_own_logits(model_type: str, tmp_path: Path) ->
     check_against_eager(make_checkpoint(tmp_path, model_type, **ALSO_SERVED.get(model_type, {})))
 
 
-# Windows and caps, sinks, keys unlike values.
-@pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss", "deepseek_v3"])
+# Windows and sinks; caps; keys unlike values. What they need of the kernels has tests of its own.
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gpt_oss",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("gemma2", "deepseek_v3")),
+    ],
+)
 def test_the_triton_kernels_serve_the_same_logits(model_type: str, tmp_path: Path) -> None:
     """A model that computes with the GPU's kernels, here interpreted, answers as it does under transformers."""
     overrides = {**SERVED[model_type], "num_hidden_layers": 2}

@@ -54,7 +54,7 @@ def on_tmpfs() -> Iterator[Path]:
         yield found
 
 
-@pytest.fixture(params=["tmpfs", "disk"])
+@pytest.fixture
 def state_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A state folder that keeps the pool's bytes, and one that does not."""
     if request.param == "tmpfs":
@@ -62,6 +62,15 @@ def state_dir(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     if is_on_tmpfs(tmp_path):
         pytest.skip("the temporary folder of this machine is tmpfs")
     return tmp_path
+
+
+def by_day(kind: str) -> pytest.MarkDecorator:
+    """Both kinds of state folder, the other one at night."""
+    kinds = [
+        pytest.param(found, marks=[] if found == kind else [pytest.mark.long])
+        for found in ("tmpfs", "disk")
+    ]
+    return pytest.mark.parametrize("state_dir", kinds, indirect=True)
 
 
 def complete(client: Client, prompt: list[int], num_tokens: int = NUM_TOKENS) -> list[int]:
@@ -114,6 +123,7 @@ def refusal_of_a_second_writer(address: str) -> str:
     return from_rpc_error(caught.value).reason
 
 
+@by_day("tmpfs")
 def test_requests_and_cache_survive_a_killed_memory_service(state_dir: Path) -> None:
     """Killed twice under load: the same tokens, the same pool and writer; every full block still hits; nothing leaks."""
     flags = (*FLAGS, "--state-dir", str(state_dir))
@@ -147,6 +157,7 @@ def assert_every_full_block_hits(quire: Quire, client: Client, expected: list[li
     assert rise == len(PROMPTS) * NUM_FULL_BLOCKS * SIZE
 
 
+@by_day("disk")
 def test_requests_survive_the_death_of_both(state_dir: Path) -> None:
     """Memory and compute killed under load: the same tokens; on tmpfs from the same pool, elsewhere from a new one."""
     flags = (*FLAGS, "--state-dir", str(state_dir))
@@ -230,6 +241,7 @@ def test_compute_ends_when_its_pool_is_not_known_any_more(tmp_path: Path) -> Non
         assert writer.wait(25) == 1  # its patience would end after thirty seconds
 
 
+@pytest.mark.long
 def test_a_pool_on_the_device_outlives_the_memory_service(tmp_path: Path) -> None:
     """A writer whose bytes are its own resumes without a descriptor: the same tokens, from hits in the same pool."""
     folder = make_checkpoint(tmp_path / "model", "llama", num_hidden_layers=1)

@@ -65,7 +65,7 @@ def alone(tiny_quire: Quire) -> list[list[list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("budget", [16, 41])
+@pytest.mark.parametrize("budget", [16, pytest.param(41, marks=pytest.mark.long)])
 def test_a_seed_gives_the_same_tokens_in_any_batch(
     budget: int, checkpoint: Path, alone: list[list[list[int]]], tmp_path: Path
 ) -> None:
