@@ -4,7 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Most tests wait for a service that starts, on one core: two at a time. Whoever has run out of tests takes of the other's.
+# Most tests wait for a service that starts, on one core: two at a time. Those that share one
+# run on one worker, and tests that start something come first.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 STAMP := $(VENV)/.stamp
 NODE_STAMP := node_modules/.stamp

@@ -9,9 +9,9 @@ import gc
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
-from compute_service.checkpoint_folder import check_if_local
+from compute_service.checkpoint_folder import check_local_files
 from compute_service.refusal import ModelRefused
 from quire import demo_model, logs
 from quire.descriptor import DescriptorRefusedError
@@ -21,30 +21,22 @@ from quire.serving import StartupError, end_with_parent
 from quire.settings import ComputeSettings
 from quire.settings_loader import load
 
-if TYPE_CHECKING:
-    from types import FrameType
-
 _DEMO = "demo"
-
-
-class _StoppedWhileLoading(BaseException):
-    """SIGTERM or SIGINT before there was an engine to stop."""
 
 
 def main() -> int:
     """Run until SIGTERM or SIGINT; the process's exit status."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Nothing is open yet. An exception would be lost where it met a callback of the import system.
+        signal.signal(number, lambda _number, _frame: end(0))
     settings = load(ComputeSettings, sys.argv[1:], prog="quire compute")
     logs.configure(settings.log_level, settings.log_format, "compute")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _raise_stopped)
     end_with_parent(settings.parent_pid)
     if settings.model == _DEMO:
         settings = settings.model_copy(update={"model": str(demo_model.path())})
     try:
-        check_if_local(settings.model)
+        check_local_files(settings.model)
         return _serve(settings)
-    except _StoppedWhileLoading:
-        return 0
     except (
         StartupError,
         QuireError,
@@ -62,10 +54,6 @@ def _serve(settings: ComputeSettings) -> int:
     from compute_service.process import serve  # noqa: PLC0415 -- it imports both, for seconds
 
     return serve(settings)
-
-
-def _raise_stopped(_number: int, _frame: FrameType | None) -> None:
-    raise _StoppedWhileLoading
 
 
 def end(status: int) -> NoReturn:

@@ -11,12 +11,13 @@ from safetensors import safe_open
 from compute_service.refusal import ModelRefused, refusing
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_INDEX = "model.safetensors.index.json"
 
 
 def find_folder(name: str) -> Path:
     """The folder of a checkpoint, downloaded if `name` is no path; raises ModelRefused."""
-    if _is_local(name):
-        return _check_files(Path(name).resolve())
+    if (folder := _local_folder(name)) is not None:
+        return folder
     try:
         return _check_files(Path(snapshot_download(name, allow_patterns=_HUB_FILES)))
     except ModelRefused:
@@ -27,24 +28,39 @@ def find_folder(name: str) -> Path:
         raise ModelRefused(message) from error
 
 
-def check_if_local(name: str) -> None:
-    """See whether the files of a folder can be read at all; raises ModelRefused. A name of the hub is left alone."""
-    if not _is_local(name):
+def check_local_files(name: str) -> None:
+    """See whether config and weights in a folder can be read at all; a name of the hub is left alone.
+
+    Raises:
+        ModelRefused: when there is no such folder or one of its files is broken.
+    """
+    folder = _local_folder(name)
+    if folder is None:
         return
-    folder = _check_files(Path(name).resolve())
     with refusing("its config cannot be read"):
         json.loads((folder / "config.json").read_text())
-    with refusing("it cannot be loaded"):
-        for shard in folder.glob("*.safetensors"):
-            with safe_open(shard, "numpy") as weights:
-                weights.keys()
+    for shard in _shards(folder):
+        with refusing(f"it cannot be loaded, {shard} is broken"):
+            safe_open(folder / shard, "numpy")
 
 
-def _is_local(name: str) -> bool:
-    is_path = Path(name).is_absolute() or name.startswith((".", "~"))
-    if is_path and not Path(name).is_dir():
+def _shards(folder: Path) -> list[str]:
+    """Names of the files that hold the weights: those of the index, if there is one."""
+    index = folder / _INDEX
+    if not index.is_file():
+        return sorted(found.name for found in folder.glob("*.safetensors"))
+    with refusing(f"it cannot be loaded, {_INDEX} is broken"):
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def _local_folder(name: str) -> Path | None:
+    """The folder, if `name` is one; raises ModelRefused if it is written as a path and is none."""
+    folder = Path(name)
+    if folder.is_dir():
+        return _check_files(folder.resolve())
+    if folder.is_absolute() or name.startswith((".", "~")):
         raise ModelRefused(f"there is no model folder {name}")
-    return Path(name).is_dir()
+    return None
 
 
 def _check_files(folder: Path) -> Path:

@@ -32,14 +32,27 @@ from quire.metrics import MetricsEndpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
     from quire.settings import ComputeSettings
 
 _logger = structlog.get_logger()
 
 
+class _StoppedWhileLoading(BaseException):
+    """SIGTERM or SIGINT before there was an engine to stop."""
+
+
 def serve(settings: ComputeSettings) -> int:
-    """Run until SIGTERM or SIGINT, which raise what they did before until there is an engine; the exit status."""
+    """Run until SIGTERM or SIGINT; the process's exit status. Raises what a start may end with."""
+    _at_stop(_raise_stopped)
+    try:
+        return _serve(settings)
+    except _StoppedWhileLoading:
+        return 0
+
+
+def _serve(settings: ComputeSettings) -> int:
     tally, metrics = EngineTally(), MetricsEndpoint("compute")
     metrics.add(tally)
     servicer = ComputeServicer(tally)
@@ -48,8 +61,7 @@ def serve(settings: ComputeSettings) -> int:
     try:
         metrics.start(settings.metrics_listen)
         engine, pool, resume = _make_engine(settings, servicer, tally)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda _number, _frame: engine.stop())
+        _at_stop(lambda _number, _frame: engine.stop())
         server.set_serving(serving=True)
         _logger.info("serving", addresses=server.addresses, metrics=metrics.address)
         watch = MemoryWatch(pool, resume, engine.stop)
@@ -157,3 +169,12 @@ def _collect_garbage_again() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def _at_stop(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _raise_stopped(_number: int, _frame: FrameType | None) -> None:
+    raise _StoppedWhileLoading

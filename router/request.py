@@ -58,7 +58,7 @@ class Sink(Protocol):
     """Where the events of a request go."""
 
     def output(self, sample_index: int, output: TextOutput) -> None:
-        """The output of one sample has grown; whoever sends it takes it from there."""
+        """There is output of one sample to take from `output`; not told again before it was taken, but at the end."""
 
     def finished(self, finish: Finish) -> None:
         """The end of one sample."""
@@ -244,7 +244,7 @@ class Sequence:
         return self.state is SequenceState.WAITING
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None) -> None:
-        """Add a sampled token, of which the sink is told. It may end the sequence."""
+        """Add a sampled token; it may end the sequence. The sink is told, unless it was and has not taken since."""
         output = self.output
         self.token_ids.append(token_id)
         if logprobs is not None:

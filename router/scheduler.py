@@ -159,7 +159,7 @@ class Scheduler:
         budget, extends = self._limits.max_num_batched_tokens, plan.extends
         for sequence in self._candidates():
             start, num_tokens = sequence.tokens_to_run()
-            if num_tokens > budget:  # noqa: PLR1730 -- as there
+            if num_tokens > budget:  # noqa: PLR1730 -- as in `tokens_to_run`
                 num_tokens = budget
             if num_tokens > 0:
                 extends.add(sequence, start, num_tokens)
@@ -182,10 +182,10 @@ class Scheduler:
         if answer.refusals:
             self._end_larger_than_quota(plan, answer)
         self._running.take_tables(plan, answer)
-        work = plan.extends
+        work = plan.extends.copy()
         self._take_admissions(plan, answer, work)
         if answer.refusals:
-            self._preempt_for(work, answer)
+            self._preempt_for(plan.extends, answer)
         if answer.refusals or self._has_left:
             work = self._runnable(work, answer)
         if not work:

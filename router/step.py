@@ -113,6 +113,16 @@ class StepWork:
         columns = (self.sequences, self.incarnations, self.rows, self.starts, self.num_tokens)
         return map(Work, *columns)
 
+    def copy(self) -> StepWork:
+        """The same, to add to."""
+        return StepWork(
+            self.sequences.copy(),
+            self.incarnations.copy(),
+            self.rows.copy(),
+            self.starts.copy(),
+            self.num_tokens.copy(),
+        )
+
     def add(self, sequence: Sequence, start: int, num_tokens: int) -> None:
         """Let `sequence`, in the row that it has, run `[start, start + num_tokens)`."""
         self.sequences.append(sequence)

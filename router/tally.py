@@ -101,7 +101,7 @@ class Tally:
     # Tokens
 
     def tokens(self, sequences: list[Sequence], arrived_at: float) -> None:
-        """Each of `sequences` got one more output token from a step that compute answered at `arrived_at`."""
+        """Each of `sequences` got one more output token from a step, which were taken in from `arrived_at` on."""
         # Most had one in the step before: their gaps are one number.
         gaps_by_last = Counter([sequence.last_token_at for sequence in sequences])
         for last_at, count in gaps_by_last.items():

@@ -65,8 +65,9 @@ class TextOutput:
         """Whether `search` is to be called for each token."""
         self.is_told = False
         """Whether somebody was told that there is something to take."""
-        # Of `token_ids` those up to each place are taken, may go, are decoded: the rest waits for text, or to be decoded.
-        self._num_taken = self._num_ready = self._num_decoded = len(token_ids)
+        # Of `token_ids` `[0, taken_end)` are prompt or taken, `[taken_end, ready_end)` may go, `[ready_end, decoded_end)`
+        # wait for text, the others to be decoded.
+        self._taken_end = self._ready_end = self._decoded_end = len(token_ids)
         self._logprobs: list[TokenLogprobs] = []  # of those not taken, if they were asked for
         self._text = ""  # not taken yet, may go
         self._held_text = ""  # behind it, may begin a stop string
@@ -83,7 +84,7 @@ class TextOutput:
     def hide_last(self) -> None:
         """The last token is an end token: its text is not shown."""
         self._decode(len(self._token_ids) - 1)
-        self._num_decoded += 1
+        self._decoded_end += 1
 
     def finish(self) -> None:
         """Let everything out that is held: no more tokens will come."""
@@ -92,13 +93,13 @@ class TextOutput:
         self._held_text = ""
         if self._decoder:
             self._text += self._decoder.flush()
-        self._num_ready = len(self._token_ids)
+        self._ready_end = len(self._token_ids)
 
     def take(self) -> OutputDelta | None:
         """What may be sent since the last call, if anything."""
         self.is_told = False
         self._decode(len(self._token_ids))
-        begin, end = self._num_taken, self._num_ready
+        begin, end = self._taken_end, self._ready_end
         if begin == end and not self._text:
             return None
         count = end - begin
@@ -106,20 +107,20 @@ class TextOutput:
             tuple(self._token_ids[begin:end]), self._text, tuple(self._logprobs[:count])
         )
         del self._logprobs[:count], self._text_ends[:count]
-        self._num_taken = end
+        self._taken_end = end
         self._text = ""
         return delta
 
     def _decode(self, end: int) -> None:
         """Decode all tokens before `end` that no search has decoded."""
-        begin, self._num_decoded = self._num_decoded, end
+        begin, self._decoded_end = self._decoded_end, end
         if self._decoder is None:
-            self._num_ready = end
+            self._ready_end = end
         elif begin < end:
             text, num_complete = self._decoder.steps(self._token_ids[begin:end].tolist())
             if num_complete:
                 self._text += text
-                self._num_ready = begin + num_complete
+                self._ready_end = begin + num_complete
 
     def search(self, *, may_stop: bool) -> StopMatch | None:
         """The match when the last token completes a stop string, after which only `take` may follow.
@@ -129,7 +130,7 @@ class TextOutput:
         """
         assert self._decoder is not None
         text = self._decoder.step(self._token_ids[-1])
-        self._num_decoded += 1
+        self._decoded_end += 1
         self._num_chars += len(text)
         # A token that completes no text waits for the next one that does.
         self._text_ends.append(self._num_chars if text else self._num_chars + 1)
@@ -147,13 +148,13 @@ class TextOutput:
     def _end_at(self, match: StopMatch) -> None:
         self._release(match.end if self._include_stop_string else match.begin)
         self._held_text = ""
-        self._num_ready = len(self._token_ids)
+        self._ready_end = len(self._token_ids)
 
     def _release(self, num_chars: int) -> None:
         self._text += self._held_text[:num_chars]
         self._held_text = self._held_text[num_chars:]
         self._num_released += num_chars
-        for text_end in self._text_ends[self._num_ready - self._num_taken :]:
+        for text_end in self._text_ends[self._ready_end - self._taken_end :]:
             if text_end > self._num_released:
                 break
-            self._num_ready += 1
+            self._ready_end += 1

@@ -13,21 +13,28 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Before Triton is there, which any module that imports models may bring: it decides then whether it interprets.
 os.environ["TRITON_INTERPRET"] = "1"
 
-# Collecting imports torch and transformers, whose half a million objects would be searched again and again.
-gc.disable()
-
 import pytest
 from processes import Quire, running_quire
 
 from quire import demo_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from mixed_load import Evidence
 
 STARTING = {"system", "k8s", "quire", "bench"}  # folders of tests that start services
 FLAGS = ("--memory-budget", "4MiB", "--max-model-len", "1024", "--log-level", "warning")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Without garbage collection: it imports torch and transformers, whose objects would be searched again and again."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -37,12 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if shared := _shared_with(item):
             item.add_marker(pytest.mark.xdist_group(shared))
     items.sort(key=lambda item: item.path.parent.name not in STARTING)
-    gc.freeze()
-    gc.enable()
 
 
 def _shared_with(item: pytest.Item) -> str | None:
-    """Whom a test shares a fixture of more than a test with: the session, by the fixture's name, or its module."""
+    """Whom a test shares a fixture of more than a test with: the session, by the fixture's name, or its module.
+
+    One of two such fixtures decides; a worker that has not got the other starts it once more.
+    """
     found: dict[str, str] = {}
     for name, definitions in item._fixtureinfo.name2fixturedefs.items():  # type: ignore[attr-defined]
         if definitions[-1].baseid:  # not one of pytest's own

@@ -64,6 +64,20 @@ def test_a_victim_is_preempted() -> None:
     assert [release.reason for release in plan.releases] == [ReleaseReason.PREEMPTED]
 
 
+def test_who_leaves_before_memory_heard_of_its_progress_leaves_it_to_the_cache() -> None:
+    """Aborted between the end of a step and the next plan: the blocks that the step filled are hit by the next one."""
+    node = make_node()
+    request = make_request("leaves", list(range(9)))
+    node.scheduler.add(request)
+    node.begin()
+    node.end()
+    node.scheduler.abort(request)
+    other = make_request("hits", list(range(9)))
+    node.scheduler.add(other)
+    node.run()
+    assert other.num_cached_tokens == 8
+
+
 def test_a_resumed_session_gives_all_back() -> None:
     """Rows of who goes on are RESUMED; who had ended before the stream broke, unheard, is FINISHED still."""
     node = make_node()
