@@ -103,8 +103,8 @@ class Tally:
     def tokens(self, sequences: list[Sequence], arrived_at: float) -> None:
         """Each of `sequences` got one more output token from a step, which were taken in from `arrived_at` on."""
         # Most had one in the step before: their gaps are one number.
-        gaps_by_last = Counter([sequence.last_token_at for sequence in sequences])
-        for last_at, count in gaps_by_last.items():
+        num_by_last = Counter([sequence.last_token_at for sequence in sequences])
+        for last_at, count in num_by_last.items():
             self.num_output_tokens += count
             if last_at:
                 self.inter_token_latency.observe(arrived_at - last_at, count)
