@@ -69,9 +69,9 @@ test: $(STAMP) $(NODE_STAMP) ## the test suite but for what is for the night
 	$(PYTEST) -m "not long"
 
 test-fast: $(STAMP) $(NODE_STAMP) ## that without token parity through three processes
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not long"
 
-test-long: $(STAMP) $(NODE_STAMP) ## for the night: token parity of every architecture, property tests over 100,000 operations
+test-long: $(STAMP) $(NODE_STAMP) ## for the night: token parity of the other architectures, both kinds of state folder, property tests over 100,000 operations
 	$(PYTEST) -m long
 	QUIRE_TEST_EXAMPLES=3000 $(PYTEST) -m "not slow" --timeout 1800 tests/memory_service tests/router
 

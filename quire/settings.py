@@ -136,7 +136,7 @@ class _ModelSettings(BaseSettings, defer_build=True):
     )
     fused_layers: bool = Field(
         True,
-        description="on the CPU, run bfloat16 layers made of these in one call each; off: one operation after the other",
+        description="on a CPU without bfloat16 instructions, run layers made of these in one call each; off: one by one",
     )
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the checkpoint"
