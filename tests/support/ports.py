@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-# Held until this process ends.
-_CLAIMS: list[socket.socket] = []
-
 
 def claim_ports(bases: Sequence[int], offsets: Iterable[int]) -> int:
     """One of `bases` at which every port `base + offset` is free; no other process of a test gets it, or asks again.
@@ -36,7 +33,7 @@ def _claim(base: int, offsets: tuple[int, ...]) -> bool:
         claim.bind(f"\0quire-test-ports-{base}")
         for offset in offsets:
             held.enter_context(socket.create_server(("127.0.0.1", base + offset)))
-        _CLAIMS.append(claim)
+        claim.detach()  # it stays open until this process ends
         return True
     claim.close()
     return False
