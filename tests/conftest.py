@@ -32,7 +32,6 @@ def pytest_collection() -> Generator[None, object, object]:
     """Without garbage collection: it imports torch and transformers, whose objects would be searched again and again."""
     gc.disable()
     result = yield
-    gc.freeze()
     gc.enable()
     return result
 
