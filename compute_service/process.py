@@ -44,7 +44,14 @@ class _StoppedWhileLoading(BaseException):
 
 
 def serve(settings: ComputeSettings) -> int:
-    """Run until SIGTERM or SIGINT; the process's exit status. Raises what a start may end with."""
+    """Run until SIGTERM or SIGINT; the process's exit status.
+
+    Raises:
+        StartupError: when an address is taken or the device is not there.
+        ModelRefused: when the checkpoint cannot be served.
+        QuireError: when the memory service refuses the pool.
+        DescriptorRefusedError, WrongPoolBytesError: when the bytes that it hands over are not the pool's.
+    """
     _at_stop(_raise_stopped)
     try:
         return _serve(settings)

@@ -93,8 +93,7 @@ def decode_part(
 def _fetch(layout, cache, kv_head, span, dim, slots, key, count):
     """Bring the rows of the next keys into the cache, for all heads in one stream, unless an earlier call did.
 
-    By reading: of so many lines the processor drops most that are merely asked for. `slots` has a place more than a part
-    has keys.
+    By reading: to ask for so many lines at once was slower. `slots` has a place more than a part has keys.
     """
     stride, size = layout.width * layout.num_kv_heads * dim, layout.width * span * dim
     many = KEYS_TOGETHER * max(1, _FETCHED // (KEYS_TOGETHER * size))

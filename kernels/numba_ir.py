@@ -114,7 +114,7 @@ def over_chunks(
 ) -> list[Value]:
     """A loop over the chunks of a row; `body` gets the offset, what `load_pair` is told is left, and the values carried.
 
-    That is a number in every lane of a vector, which costs an instruction a chunk less than to spread it each time.
+    That is a number in every lane of a vector: to count it down there takes one instruction, to spread it takes several.
     """
     step = ir.Constant(INTEGERS, [CHUNK] * LANES)
 
